@@ -1,0 +1,417 @@
+"""`USOPipeline`: subject and style pictures and a prompt to a picture, on FLUX.
+
+The computation of the official code (bytedance/USO, `uso/flux/pipeline.py`) over the classes of diffusers and
+transformers. What is kept and what differs on purpose is listed in ARCHITECTURE.md.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, FluxTransformer2DModel
+from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.loaders import FluxLoraLoaderMixin
+from diffusers.utils import BaseOutput
+from PIL import Image
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer, SiglipVisionModel, T5EncoderModel, T5TokenizerFast
+
+from uso.images import OWN_SIZE_MAX, prepare_content, to_rgb
+from uso.model.geometry import (
+    PIXELS_PER_TOKEN,
+    pack_latents,
+    position_ids,
+    reference_position_ids,
+    schedule_mu,
+    unpack_latents,
+)
+from uso.model.scheduler import USOFlowMatchEulerScheduler
+from uso.model.style_projector import StyleProjector
+from uso.schema import resolve_size
+
+Callback = Callable[["USOPipeline", int, Tensor, dict[str, Tensor]], dict[str, Tensor]]
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+@dataclass
+class USOPipelineOutput(BaseOutput):
+    """`images`: a list of one PIL picture, or an array or tensor with a batch dimension."""
+
+    images: list[Image.Image] | np.ndarray | Tensor
+
+
+class OnceAnImage(ModelHook):
+    """Keeps a module's first output, with `prefix` tokens before it, for all further steps of one picture."""
+
+    NAME = "uso_once_an_image"
+
+    def __init__(self, prefix: Tensor | None = None) -> None:
+        super().__init__()
+        self.prefix = prefix
+        self.output: Any = None
+
+    def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if self.output is None:
+            output = self.fn_ref.original_forward(*args, **kwargs)
+            if self.prefix is not None:
+                # (B, S, D) + (B, T, D) -> (B, S + T, D)
+                output = torch.cat([self.prefix.to(output), output], dim=1)
+            self.output = output
+        return self.output
+
+
+class USOPipeline(DiffusionPipeline, FluxLoraLoaderMixin):
+    """Unified style- and subject-driven generation on FLUX.1 (https://huggingface.co/papers/2508.18966).
+
+    Args:
+        scheduler: the official schedule.
+        vae: FLUX's autoencoder; its posterior mean is taken, so a seed gives one picture.
+        text_encoder, tokenizer: CLIP-L, for the pooled prompt.
+        text_encoder_2, tokenizer_2: T5 v1.1, for the prompt's tokens.
+        transformer: FLUX.1-dev, -Krea-dev or -schnell with USO's LoRA merged or loaded.
+        image_encoder: SigLIP's vision tower, for style pictures.
+        style_projector: SigLIP's hidden states to style tokens.
+        native_scale: fraction of the asked size at which the model draws, before enlarging (FLUX: 1).
+        max_sequence_length: T5 tokens of a prompt; shorter ones are padded, longer ones cut.
+    """
+
+    model_cpu_offload_seq = "text_encoder->text_encoder_2->image_encoder->style_projector->transformer->vae"
+    _callback_tensor_inputs: ClassVar[list[str]] = ["latents"]
+
+    def __init__(
+        self,
+        scheduler: USOFlowMatchEulerScheduler,
+        vae: AutoencoderKL,
+        text_encoder: CLIPTextModel,
+        tokenizer: CLIPTokenizer,
+        text_encoder_2: T5EncoderModel,
+        tokenizer_2: T5TokenizerFast,
+        transformer: FluxTransformer2DModel,
+        image_encoder: SiglipVisionModel,
+        style_projector: StyleProjector,
+        native_scale: float = 1.0,
+        max_sequence_length: int = 512,
+    ) -> None:
+        super().__init__()
+        self.register_modules(
+            scheduler=scheduler,
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            text_encoder_2=text_encoder_2,
+            tokenizer_2=tokenizer_2,
+            transformer=transformer,
+            image_encoder=image_encoder,
+            style_projector=style_projector,
+        )
+        self.register_to_config(native_scale=native_scale, max_sequence_length=max_sequence_length)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=PIXELS_PER_TOKEN)
+        self._interrupt = False
+
+    @property
+    def interrupt(self) -> bool:
+        """Set `pipe._interrupt = True` from the callback to stop here and decode what is there."""
+        return self._interrupt
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str = "",
+        *,
+        content_image: Image.Image | list[Image.Image] | None = None,
+        style_images: Image.Image | list[Image.Image] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 25,
+        guidance_scale: float = 4.0,
+        content_long_size: int = 512,
+        generator: torch.Generator | None = None,
+        latents: Tensor | None = None,
+        content_latents: list[Tensor] | None = None,
+        callback_on_step_end: Callback | None = None,
+        callback_on_step_end_tensor_inputs: list[str] | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> Any:
+        """Draw one picture.
+
+        Args:
+            prompt: what the picture shows; empty keeps the content picture's layout.
+            content_image: picture(s) of the subject, any size, turned to RGB over white.
+            style_images: picture(s) of the look, any size; their order does not matter.
+            height, width: pixels, multiples of 16. Absent: from the content picture, else 1024
+                (`uso.schema.resolve_size`).
+            num_inference_steps: at least 1.
+            guidance_scale: FLUX's distilled guidance; without effect on schnell.
+            content_long_size: long side in pixels at which content pictures are encoded; 0 is their own,
+                at most 1024.
+            generator: source of the noise, on its own device (official pictures: on the compute device).
+            latents: starting noise instead, packed, `(1, height/16 * width/16, 64)` at native scale.
+            content_latents: content pictures already encoded, each `(1, 16, h/8, w/8)`, scaled and shifted.
+            callback_on_step_end: `callback(pipe, step, timestep, tensors) -> tensors` after each step; what
+                it raises ends the call and leaves the pipeline usable.
+            callback_on_step_end_tensor_inputs: of `_callback_tensor_inputs`.
+            output_type: "pil", "np" `(1, H, W, 3)` and "pt" `(1, 3, H, W)` in [0, 1], or "latent" (packed).
+            return_dict: False gives `(images,)` in place of a `USOPipelineOutput`.
+
+        Raises:
+            ValueError: an argument is out of its range; nothing was computed.
+            ImageError: a content picture is too thin to be encoded.
+        """
+        # 1. Check inputs
+        content_images = _as_list(content_image)
+        style_images = _as_list(style_images)
+        tensor_inputs = callback_on_step_end_tensor_inputs or ["latents"]
+        self.check_inputs(
+            prompt=prompt,
+            content_images=content_images,
+            style_images=style_images,
+            height=height,
+            width=width,
+            num_inference_steps=num_inference_steps,
+            content_long_size=content_long_size,
+            content_latents=content_latents,
+            tensor_inputs=tensor_inputs,
+            output_type=output_type,
+        )
+        if width is None or height is None:
+            content_size = content_images[0].size if content_images else None
+            width, height, _ = resolve_size(
+                width=width, height=height, keep_size=False, content_size=content_size
+            )
+        self._interrupt = False
+        device = self._execution_device
+        dtype = self.transformer.dtype
+        native_width, native_height = self.native_size(width), self.native_size(height)
+
+        try:
+            # 2. Encode the prompt
+            prompt_embeds, pooled_prompt_embeds = self.encode_prompt(prompt, device=device, dtype=dtype)
+
+            # 3. Encode the style pictures
+            style_tokens = self.encode_style(style_images, device=device, dtype=dtype)
+
+            # 4. Encode the content pictures
+            if content_latents is None:
+                content_latents = [
+                    self.encode_content(image, content_long_size=content_long_size, device=device)
+                    for image in content_images
+                ]
+            content_tokens = [pack_latents(reference.to(device, dtype)) for reference in content_latents]
+
+            # 5. Prepare the noise and the position ids
+            latents = self.prepare_latents(
+                width=native_width, height=native_height, device=device, dtype=dtype, generator=generator,
+                latents=latents,
+            )  # fmt: skip
+            img_ids = self.prepare_img_ids(native_width, native_height, content_latents).to(device)
+            text_length = prompt_embeds.shape[1] + (0 if style_tokens is None else style_tokens.shape[1])
+            txt_ids = torch.zeros(text_length, 3, device=device)
+
+            # 6. Prepare the timesteps
+            mu = schedule_mu(width=native_width, height=native_height)
+            self.scheduler.set_timesteps(num_inference_steps, device=device, mu=mu)
+            guidance = None
+            if self.transformer.config.guidance_embeds:
+                guidance = torch.full((1,), guidance_scale, device=device, dtype=dtype)
+
+            # 7. Denoise
+            with (
+                once_an_image(self.transformer, style_tokens=style_tokens),
+                self.progress_bar(total=num_inference_steps) as progress_bar,
+            ):
+                for i, t in enumerate(self.scheduler.timesteps):
+                    if self.interrupt:
+                        break
+                    # the official code casts sigma, not 1000 sigma, to the model's dtype
+                    sigma = torch.full((1,), self.scheduler.sigmas[i].item(), device=device, dtype=dtype)
+                    with self.transformer.cache_context("cond"):
+                        prediction = self.transformer(
+                            hidden_states=torch.cat([latents, *content_tokens], dim=1),
+                            timestep=sigma,
+                            guidance=guidance,
+                            pooled_projections=pooled_prompt_embeds,
+                            encoder_hidden_states=prompt_embeds,
+                            txt_ids=txt_ids,
+                            img_ids=img_ids,
+                            return_dict=False,
+                        )[0][:, : latents.shape[1]]  # (1, N + content, 64) -> (1, N, 64)
+                    latents = self.scheduler.step(prediction, t, latents, return_dict=False)[0]
+                    if callback_on_step_end is not None:
+                        tensors = {"latents": latents}
+                        changed = callback_on_step_end(
+                            self, i, t, {name: tensors[name] for name in tensor_inputs}
+                        )
+                        latents = changed.get("latents", latents)
+                    progress_bar.update()
+
+            # 8. Decode, and enlarge what was drawn at native scale
+            images: Any = latents
+            if output_type != "latent":
+                pixels = self.decode(latents, width=native_width, height=native_height)
+                if (native_width, native_height) != (width, height):
+                    pixels = torch.nn.functional.interpolate(
+                        pixels.float(), size=(height, width), mode="bicubic", antialias=True
+                    )
+                images = self.image_processor.postprocess(pixels, output_type=output_type)
+        finally:
+            self.maybe_free_model_hooks()
+
+        return USOPipelineOutput(images=images) if return_dict else (images,)
+
+    def check_inputs(
+        self,
+        *,
+        prompt: str,
+        content_images: list[Image.Image],
+        style_images: list[Image.Image],
+        height: int | None,
+        width: int | None,
+        num_inference_steps: int,
+        content_long_size: int,
+        content_latents: list[Tensor] | None,
+        tensor_inputs: list[str],
+        output_type: str,
+    ) -> None:
+        """Raise a ValueError that names the argument, its value and its limit."""
+        if not isinstance(prompt, str):
+            raise ValueError(f"`prompt` must be one string, got {type(prompt).__name__}")
+        for name, side in (("height", height), ("width", width)):
+            if side is not None and (side < PIXELS_PER_TOKEN or side % PIXELS_PER_TOKEN):
+                raise ValueError(f"`{name}` must be a positive multiple of {PIXELS_PER_TOKEN}, got {side}")
+        if num_inference_steps < 1:
+            raise ValueError(f"`num_inference_steps` must be at least 1, got {num_inference_steps}")
+        if content_long_size < 0:
+            raise ValueError(f"`content_long_size` must be 0 or more, got {content_long_size}")
+        if content_images and content_latents is not None:
+            raise ValueError("give `content_image` or `content_latents`, not both")
+        for name, images in (("content_image", content_images), ("style_images", style_images)):
+            for image in images:
+                if not isinstance(image, Image.Image):
+                    raise ValueError(
+                        f"`{name}` must be a PIL picture or a list of them, got {type(image).__name__}"
+                    )
+        unknown = sorted(set(tensor_inputs) - set(self._callback_tensor_inputs))
+        if unknown:
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` may hold {self._callback_tensor_inputs}, got {unknown}"
+            )
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
+
+    def native_size(self, pixels: int) -> int:
+        """The side the model draws for an asked side: `native_scale` of it, a multiple of 16."""
+        tokens = round(pixels * self.config.native_scale / PIXELS_PER_TOKEN)
+        return max(tokens, 1) * PIXELS_PER_TOKEN
+
+    def encode_prompt(
+        self, prompt: str, *, device: torch.device, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """T5's states `(1, max_sequence_length, D)`, padding unmasked, and CLIP's pooled `(1, P)`."""
+        t5_ids = self.token_ids(self.tokenizer_2, prompt, self.config.max_sequence_length)
+        clip_ids = self.token_ids(self.tokenizer, prompt, self.tokenizer.model_max_length)
+        pooled = self.text_encoder(clip_ids.to(device)).pooler_output
+        prompt_embeds = self.text_encoder_2(t5_ids.to(device)).last_hidden_state
+        return prompt_embeds.to(device, dtype), pooled.to(device, dtype)
+
+    @staticmethod
+    def token_ids(tokenizer: Any, prompt: str, length: int) -> Tensor:
+        """`(1, length)` token ids, padded or cut."""
+        return tokenizer(
+            [prompt], padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+        ).input_ids
+
+    def encode_style(
+        self, images: list[Image.Image], *, device: torch.device, dtype: torch.dtype
+    ) -> Tensor | None:
+        """Style tokens `(1, pictures * 3 * tokens_per_level, hidden)`; None without pictures."""
+        if not images:
+            return None
+        pixels = torch.cat([self.style_pixels(image) for image in images])  # (B, 3, S, S)
+        pixels = pixels.to(device, self.image_encoder.dtype)
+        hidden_states = self.image_encoder(pixels, output_hidden_states=True).hidden_states
+        tokens = self.style_projector(hidden_states)  # (B, 3K, hidden)
+        return tokens.flatten(0, 1)[None].to(device, dtype)  # (B, 3K, hidden) -> (1, B * 3K, hidden)
+
+    def style_pixels(self, image: Image.Image) -> Tensor:
+        """SigLIP's input `(1, 3, S, S)` in [-1, 1]: bicubic, as `SiglipImageProcessor`."""
+        side = self.image_encoder.config.image_size
+        resized = to_rgb(image).resize((side, side), Image.Resampling.BICUBIC)
+        pixels = np.asarray(resized, dtype=np.float32) / np.float32(127.5) - np.float32(1)  # (S, S, 3)
+        return torch.from_numpy(pixels).permute(2, 0, 1)[None]
+
+    def encode_content(self, image: Image.Image, *, content_long_size: int, device: torch.device) -> Tensor:
+        """Scaled and shifted latents `(1, 16, h/8, w/8)`: the posterior's mean, one for a picture."""
+        prepared = prepare_content(to_rgb(image), self.native_content_size(image, content_long_size))
+        pixels = self.image_processor.preprocess(prepared).to(device, self.vae.dtype)
+        mean = self.vae.encode(pixels).latent_dist.mode()
+        return self.vae.config.scaling_factor * (mean - self.vae.config.shift_factor)
+
+    def native_content_size(self, image: Image.Image, content_long_size: int) -> int:
+        """Long side at which a content picture is encoded: as asked for FLUX, else a multiple of 16."""
+        if self.config.native_scale == 1:
+            return content_long_size
+        return self.native_size(content_long_size or min(max(image.size), OWN_SIZE_MAX))
+
+    def prepare_latents(
+        self,
+        *,
+        width: int,
+        height: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        generator: torch.Generator | None,
+        latents: Tensor | None,
+    ) -> Tensor:
+        """Packed starting noise `(1, N, 64)`: drawn in bf16 whatever the dtype, as the official code."""
+        channels = self.transformer.config.in_channels
+        shape = (1, height // PIXELS_PER_TOKEN * (width // PIXELS_PER_TOKEN), channels)
+        if latents is None:
+            noise = torch.randn(
+                (1, channels // 4, height // 8, width // 8),
+                dtype=torch.bfloat16,
+                device=generator.device if generator is not None else device,
+                generator=generator,
+            )
+            latents = pack_latents(noise)
+        if latents.shape != shape:
+            raise ValueError(f"`latents` must have shape {shape}, got {tuple(latents.shape)}")
+        return latents.to(device, dtype)
+
+    def prepare_img_ids(self, width: int, height: int, content_latents: list[Tensor]) -> Tensor:
+        """`(tokens, 3)` ids of the target and then of each content picture."""
+        target = (height // PIXELS_PER_TOKEN, width // PIXELS_PER_TOKEN)
+        references = [(latents.shape[2] // 2, latents.shape[3] // 2) for latents in content_latents]
+        return torch.cat([position_ids(*target), *reference_position_ids(target, references)])
+
+    def decode(self, latents: Tensor, *, width: int, height: int) -> Tensor:
+        """Packed latents `(1, N, 64)` to pixels `(1, 3, height, width)`, about [-1, 1]."""
+        latents = unpack_latents(latents, width=width, height=height)
+        latents = latents.to(self.vae.dtype) / self.vae.config.scaling_factor + self.vae.config.shift_factor
+        return self.vae.decode(latents, return_dict=False)[0]
+
+
+@contextmanager
+def once_an_image(transformer: FluxTransformer2DModel, *, style_tokens: Tensor | None) -> Iterator[None]:
+    """Within it, the text's embedding (style tokens before it) and the rotary embedding are computed once.
+
+    Hooks, not other modules: saving, LoRA, offload and compilation see the transformer as it is.
+    """
+    hooks = {transformer.context_embedder: OnceAnImage(style_tokens), transformer.pos_embed: OnceAnImage()}
+    try:
+        for module, hook in hooks.items():
+            HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, OnceAnImage.NAME)
+        yield
+    finally:
+        for module in hooks:
+            HookRegistry.check_if_exists_or_initialize(module).remove_hook(OnceAnImage.NAME, recurse=False)
+
+
+def _as_list(images: Image.Image | list[Image.Image] | None) -> list[Image.Image]:
+    if images is None:
+        return []
+    return list(images) if isinstance(images, list | tuple) else [images]
