@@ -1,0 +1,104 @@
+"""What the environment and `.env` say: read once, here and nowhere else.
+
+The official repository's names are taken as they are, so that its users change nothing; ours begin with
+`USO_`.
+"""
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from uso.errors import InputError
+
+# What the official `example.env` holds in place of a token; the hub would refuse it as a wrong one.
+TOKEN_PLACEHOLDER = "your_huggingface_token_here"
+
+
+class Settings(BaseSettings):
+    """Where the weights lie and how to run; names in the environment are the alias or the field in capitals.
+
+    Empty values count as unset. Raises pydantic's `ValidationError`, which `get_settings` makes an
+    `InputError`.
+    """
+
+    model_config = SettingsConfigDict(
+        env_file=".env", env_ignore_empty=True, extra="ignore", populate_by_name=True, frozen=True
+    )
+
+    flux_dev: Path | None = None
+    flux_dev_fp8: Path | None = None
+    flux_krea_dev: Path | None = None
+    flux_schnell: Path | None = None
+    ae: Path | None = None
+    t5: Path | None = None
+    clip: Path | None = None
+    lora: Path | None = None
+    projection_model: Path | None = None
+    siglip_path: Path | None = None
+    hf_token: SecretStr | None = None
+
+    model: str = Field(default="nano", validation_alias="USO_MODEL", min_length=1)
+    device: str = Field(
+        default="auto", validation_alias="USO_DEVICE", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$"
+    )
+    # no float16: T5 overflows in it
+    dtype: Literal["auto", "bfloat16", "float32"] = Field(default="auto", validation_alias="USO_DTYPE")
+    host: str = Field(default="127.0.0.1", validation_alias="USO_HOST", min_length=1)
+    port: int = Field(default=7860, validation_alias="USO_PORT", ge=1, le=65535)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _blank_is_unset(cls, value: Any, info: Any) -> Any:
+        """Quotes around nothing and blanks reach us as text."""
+        if isinstance(value, str) and not value.strip():
+            return cls.model_fields[info.field_name].default
+        return value.strip() if isinstance(value, str) else value
+
+    @field_validator("hf_token", mode="after")
+    @classmethod
+    def _placeholder_is_unset(cls, token: SecretStr | None) -> SecretStr | None:
+        return None if token and token.get_secret_value() == TOKEN_PLACEHOLDER else token
+
+    @field_validator(
+        "flux_dev",
+        "flux_dev_fp8",
+        "flux_krea_dev",
+        "flux_schnell",
+        "ae",
+        "t5",
+        "clip",
+        "lora",
+        "projection_model",
+        "siglip_path",
+    )
+    @classmethod
+    def _expand_home(cls, path: Path | None) -> Path | None:
+        return path.expanduser() if path else None
+
+
+def environment_name(field: str) -> str:
+    """Name of a `Settings` field in the environment, for messages."""
+    return str(Settings.model_fields[field].validation_alias or field.upper())
+
+
+@lru_cache
+def get_settings() -> Settings:
+    """The settings of this process, read at the first call.
+
+    Raises:
+        InputError: names every variable with an unusable value, the value and what is allowed.
+    """
+    try:
+        return Settings()
+    except ValidationError as error:
+        problems = [
+            f"{environment_name(name) if (name := str(e['loc'][0])) in Settings.model_fields else name}"
+            f"={e['input']!r}: {e['msg']}"
+            for e in error.errors(include_url=False)
+        ]
+        raise InputError(
+            f"The environment or .env has unusable values: {'; '.join(problems)}. Correct or remove them."
+        ) from None
