@@ -1,0 +1,234 @@
+"""The pool of training pictures: every look drawn on several subjects, beside the same pictures plain.
+
+`python -m training.pool` writes shards, each a folder `CACHE/pool/<split>-<number>-<height>x<width>/` with
+
+    content.npy  uint8 (N, H, W, 3)  pictures, plain
+    target.npy   uint8 (N, H, W, 3)  the same pictures in a look
+    look.npy     int64 (N,)          id of the look
+    subject.npy  int64 (N,)          row of subjects.json
+    looks.json   [{"id", "family", "words"}, ...]; a look's PICTURES rows are neighbours, in this order
+
+and `CACHE/pool/subjects.json`: [{"name", "held_out"}, ...]. A folder appears when it is complete. Splits:
+"train"; "looks" (subjects and looks not in train, families in train), "families" (subjects and families not
+in train).
+"""
+
+import argparse
+import json
+import multiprocessing
+from collections import defaultdict
+from typing import Any
+
+import cv2
+import numpy as np
+from tqdm import tqdm
+
+from training.data import CACHE, TEXTURE_PHOTOS, Pictures, held_out, photos
+from training.looks import FAMILIES, HELD_OUT_FAMILIES, apply, draw_look, luma, plain
+
+POOL = CACHE / "pool"
+SEED = 20_261
+PICTURES = 8  # a look
+PHOTO_SHARE = 0.12
+BLANK = 9.0  # least standard deviation of lightness, in levels, of a picture that is not near-blank
+# one round of shards: (height, width, looks)
+SQUARE = (128, 128, 200)
+OTHERS = [(192, 192), (128, 192), (192, 128), (256, 256), (128, 256), (256, 128)]
+ROUND = [shape for other in OTHERS for shape in (SQUARE, SQUARE, (*other, 100))] + [SQUARE] * 6
+
+
+class Contents:
+    """Draws content pictures: an emoji on a see-through ground, or a photograph's crop."""
+
+    def __init__(self, names: list[str], *, unseen: bool) -> None:
+        self.pictures = Pictures()
+        self.rows = {name: row for row, name in enumerate(names)}
+        self.drawings = defaultdict(list)
+        for i, subject in enumerate(self.pictures.subjects):
+            if held_out(subject) == unseen:
+                self.drawings[subject].append(i)
+        self.photos = {name: photo for name, photo in photos().items() if held_out(name) == unseen}
+        self.subject_photos = sorted(set(self.photos) - TEXTURE_PHOTOS)
+        self.names = sorted(self.drawings)
+
+    def draw(self, rng: np.random.Generator, height: int, width: int) -> tuple[int, np.ndarray]:
+        """Row of the subject and uint8 (height, width, 4)."""
+        if rng.random() < PHOTO_SHARE:
+            name = self.subject_photos[rng.integers(len(self.subject_photos))]
+            crop = random_crop(rng, self.photos[name], height, width)
+            return self.rows[name], np.dstack([crop, np.full((height, width), 255, np.uint8)])
+        name = self.names[rng.integers(len(self.names))]
+        choice = self.drawings[name]
+        return self.rows[name], place(
+            rng, self.pictures.rgba(choice[rng.integers(len(choice))]), height, width
+        )
+
+    def ground(self, rng: np.random.Generator, rgba: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The plain picture on some ground, and the picture as a look shall draw it.
+
+        A plain ground is replaced by the look's own; a busy one (noise, photograph) belongs to the picture.
+        """
+        kind = rng.choice(
+            ["white", "pale", "colour", "gradient", "noise", "photo"], p=[0.56, 0.12, 0.08, 0.11, 0.03, 0.1]
+        )
+        height, width = rgba.shape[:2]
+        if rgba[..., 3].min() == 255 or kind == "white":
+            return plain(rgba, np.full(3, 255)), rgba
+        busy = kind in ("noise", "photo")
+        ends = rng.uniform(190 if kind == "pale" else 0, 255, (2, 3)).astype(np.float32)
+        if kind == "photo":
+            name = sorted(self.photos)[rng.integers(len(self.photos))]
+            ground = random_crop(rng, self.photos[name], height, width)
+        elif busy:
+            cells = rng.integers(3, 24)
+            spots = rng.random((cells, cells), np.float32)
+            noise = np.asarray(cv2.resize(spots, (width, height), interpolation=cv2.INTER_CUBIC))
+            ground = np.clip(ends[0] + (ends[1] - ends[0]) * noise[..., None], 0, 255)
+        elif kind == "gradient":
+            angle = rng.uniform(0, 2 * np.pi)
+            y, x = np.mgrid[:height, :width]
+            along = np.cos(angle) * x / width + np.sin(angle) * y / height
+            along = (along - along.min()) / np.ptp(along)
+            ground = ends[0] + (ends[1] - ends[0]) * along[..., None]
+        else:
+            ground = ends[0]
+        content = plain(rgba, ground)
+        inside = rgba[..., 3] > 128
+        seen = abs(
+            float(
+                luma(content[inside].astype(np.float32)).mean()
+                - luma(content[~inside].astype(np.float32)).mean()
+            )
+        )
+        if seen < 35:
+            return plain(rgba, np.full(3, 255)), rgba
+        return content, np.dstack([content, np.full((height, width), 255, np.uint8)]) if busy else rgba
+
+
+def random_crop(rng: np.random.Generator, photo: np.ndarray, height: int, width: int) -> np.ndarray:
+    """A crop of between a third and all of the photograph, maybe mirrored, uint8 (height, width, 3)."""
+    most = min(photo.shape[0] / height, photo.shape[1] / width)
+    scale = most * rng.uniform(0.35, 1.0)
+    high, wide = int(height * scale), int(width * scale)
+    top, left = rng.integers(photo.shape[0] - high + 1), rng.integers(photo.shape[1] - wide + 1)
+    method = cv2.INTER_AREA if scale > 1 else cv2.INTER_LINEAR
+    crop = cv2.resize(
+        np.ascontiguousarray(photo[top : top + high, left : left + wide]),
+        (width, height),
+        interpolation=method,
+    )
+    return crop[:, ::-1] if rng.random() < 0.5 else crop
+
+
+def place(rng: np.random.Generator, rgba: np.ndarray, height: int, width: int) -> np.ndarray:
+    """A drawing scaled, shifted and maybe mirrored on an empty uint8 (height, width, 4)."""
+    side = round(min(height, width) * rng.uniform(0.68, 1.04))
+    solid = rgba.astype(np.float32)
+    solid[..., :3] *= solid[..., 3:] / 255  # premultiplied, or transparent pixels' colour would bleed in
+    small = cv2.resize(
+        solid, (side, side), interpolation=cv2.INTER_AREA if side <= rgba.shape[0] else cv2.INTER_LINEAR
+    )
+    small[..., :3] = np.clip(small[..., :3] * 255 / np.maximum(small[..., 3:], 1), 0, 255)
+    if rng.random() < 0.5:
+        small = small[:, ::-1]
+    out = np.zeros((height, width, 4), np.uint8)
+    top, left = (
+        (length - side) // 2 + int(rng.uniform(-1, 1) * (abs(length - side) / 2 + 0.04 * side))
+        for length in (height, width)
+    )
+    y0, x0, y1, x1 = max(top, 0), max(left, 0), min(top + side, height), min(left + side, width)
+    out[y0:y1, x0:x1] = small[y0 - top : y1 - top, x0 - left : x1 - left] + 0.5
+    return out
+
+
+def contrast(picture: np.ndarray) -> float:
+    """Standard deviation of a picture's lightness, in levels of 255."""
+    return float(luma(picture.astype(np.float32)).std())
+
+
+def draw_set(
+    rng: np.random.Generator, contents: Contents, family: str, height: int, width: int
+) -> tuple[Any, ...] | None:
+    """A look and PICTURES of (content, target, subject row), all of other subjects; None if near-blank."""
+    look = draw_look(rng, family)
+    rows: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    misses = 0
+    while len(rows) < PICTURES:
+        row, rgba = contents.draw(rng, height, width)
+        content, seen = contents.ground(rng, rgba)
+        target = apply(look, seen, seed=int(rng.integers(2**31)))
+        if contrast(content) < BLANK or contrast(target) < BLANK:
+            misses += 1
+            if misses > PICTURES:
+                return None
+        elif row not in rows:
+            rows[row] = content, target
+    return look, [(content, target, row) for row, (content, target) in rows.items()]
+
+
+def make_shard(job: tuple[str, int, int, int, int, list[str]]) -> int:
+    """Draw one shard unless it exists; the number of its looks."""
+    split, number, height, width, count, names = job
+    folder = POOL / f"{split}-{number:04d}-{height}x{width}"
+    if folder.exists():
+        return count
+    cv2.setNumThreads(1)
+    part = folder.with_name(f".{folder.name}.part")
+    part.mkdir(parents=True, exist_ok=True)
+    families = [name for name in FAMILIES if (name in HELD_OUT_FAMILIES) == (split == "families")]
+    contents = Contents(names, unseen=split != "train")
+    shape = (count * PICTURES, height, width, 3)
+    arrays = [
+        np.lib.format.open_memmap(part / name, "w+", np.uint8, shape)
+        for name in ("content.npy", "target.npy")
+    ]
+    look_ids, subject_rows, records = [], [], []
+    # splits draw from other streams, so that no look of one is in another
+    stream = {"train": 0, "looks": 1, "families": 2}[split]
+    for i in range(count):
+        rng = np.random.default_rng((SEED, stream, number, i))
+        drawn = None
+        while drawn is None:
+            drawn = draw_set(rng, contents, families[(number * 7 + i) % len(families)], height, width)
+        look, rows = drawn
+        identity = stream * 100_000_000 + number * 1000 + i
+        records.append({"id": identity, "family": look.family, "words": look.words})
+        for j, (content, target, row) in enumerate(rows):
+            arrays[0][i * PICTURES + j], arrays[1][i * PICTURES + j] = content, target
+            look_ids.append(identity)
+            subject_rows.append(row)
+    np.save(part / "look.npy", np.array(look_ids))
+    np.save(part / "subject.npy", np.array(subject_rows))
+    (part / "looks.json").write_text(json.dumps(records))
+    part.rename(folder)
+    return count
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--looks", type=int, default=4000, help="looks to train on (default 4000)")
+    parser.add_argument("--processes", type=int, default=2, help="worker processes (default 2)")
+    args = parser.parse_args()
+    POOL.mkdir(parents=True, exist_ok=True)
+    names = sorted(set(Pictures().subjects) | set(photos()) - TEXTURE_PHOTOS)
+    subjects = [{"name": name, "held_out": held_out(name)} for name in names]
+    (POOL / "subjects.json").write_text(json.dumps(subjects))
+    jobs: list[tuple[str, int, int, int, int, list[str]]] = []
+    looks = 0
+    while looks < args.looks:
+        height, width, count = ROUND[len(jobs) % len(ROUND)]
+        jobs.append(("train", len(jobs), height, width, count, names))
+        looks += count
+    jobs[4:4] = [(split, 0, 128, 128, 120, names) for split in ("looks", "families")]
+    with (
+        multiprocessing.Pool(args.processes) as pool,
+        tqdm(total=sum(job[4] for job in jobs), unit="look") as bar,
+    ):
+        for count in pool.imap_unordered(make_shard, jobs):
+            bar.update(count)
+
+
+if __name__ == "__main__":
+    main()
