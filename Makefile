@@ -22,12 +22,12 @@ fix: .venv/dev
 
 .venv/runtime: requirements.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --requirement requirements.txt
+	$(BIN)/pip install --disable-pip-version-check --requirement requirements.txt
 	touch $@
 
 .venv/dev: requirements.txt requirements-dev.txt training/requirements.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --requirement requirements-dev.txt
+	$(BIN)/pip install --disable-pip-version-check --requirement requirements-dev.txt
 	touch $@
 
 # The browser tests drive the distribution's Chromium; without it (and without the right to install it) they skip.
