@@ -17,7 +17,7 @@ LAYERS = (
     {"uso.model"},
     {"uso.doctor"},
     {"uso.serve.work", "uso.serve.device", "uso.serve.engine", "uso.serve"},
-    {"uso.serve.ui", "uso.batch"},
+    {"uso.serve.intents", "uso.serve.words", "uso.serve.ui", "uso.batch"},
     {"uso.cli"},
     {"uso.__main__", "app"},
 )

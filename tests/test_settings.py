@@ -18,7 +18,20 @@ OFFICIAL_NAMES = [
     "PROJECTION_MODEL",
     "SIGLIP_PATH",
 ]
-OUR_NAMES = ["USO_MODEL", "USO_DEVICE", "USO_DTYPE", "USO_HOST", "USO_PORT"]
+OUR_NAMES = [
+    "USO_MODEL",
+    "USO_DEVICE",
+    "USO_DTYPE",
+    "USO_HOST",
+    "USO_PORT",
+    "USO_SHARE",
+    "USO_AUTH",
+    "USO_NO_PASSWORD",
+    "USO_MEMORY",
+    "USO_QUEUE_LIMIT",
+    "USO_STEP_LIMIT",
+    "SPACE_ID",
+]
 
 
 @pytest.fixture(autouse=True)

@@ -48,6 +48,17 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "bfloat16", "float32"] = Field(default="auto", validation_alias="USO_DTYPE")
     host: str = Field(default="127.0.0.1", validation_alias="USO_HOST", min_length=1)
     port: int = Field(default=7860, validation_alias="USO_PORT", ge=1, le=65535)
+    # serving beyond this machine: a public link, USER:PASSWORD, and whether to do without a password
+    share: bool = Field(default=False, validation_alias="USO_SHARE")
+    auth: SecretStr | None = Field(default=None, validation_alias="USO_AUTH")
+    no_password: bool = Field(default=False, validation_alias="USO_NO_PASSWORD")
+    space_id: str | None = Field(default=None, validation_alias="SPACE_ID")  # set on a Hugging Face Space
+    # the engine's: see `uso.serve.engine.Engine`
+    memory: Literal["auto", "full", "staged", "offload"] = Field(
+        default="auto", validation_alias="USO_MEMORY"
+    )
+    queue_limit: int = Field(default=32, validation_alias="USO_QUEUE_LIMIT", ge=1)
+    step_limit: float = Field(default=600.0, validation_alias="USO_STEP_LIMIT", gt=0)
 
     @field_validator("*", mode="before")
     @classmethod
@@ -56,6 +67,13 @@ class Settings(BaseSettings):
         if isinstance(value, str) and not value.strip():
             return cls.model_fields[info.field_name].default
         return value.strip() if isinstance(value, str) else value
+
+    @field_validator("auth", mode="after")
+    @classmethod
+    def _auth_is_a_pair(cls, auth: SecretStr | None) -> SecretStr | None:
+        if auth and not all(auth.get_secret_value().partition(":")):
+            raise ValueError("must be USER:PASSWORD")
+        return auth
 
     @field_validator("hf_token", mode="after")
     @classmethod

@@ -1,0 +1,1 @@
+"""What serves the pipeline: the engine that owns the device, and the page over it."""

@@ -1,0 +1,310 @@
+"""One pipeline on one device: where its parts lie, and a picture drawn while others watch.
+
+Knows neither jobs nor the web. The drawing runs in a thread of its own so that `Device.run` can be a plain
+generator, which a worker thread or a GPU decorator drives.
+"""
+
+import base64
+import faulthandler
+import gc
+import io
+import itertools
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from uso.errors import Cancelled, USOError
+from uso.model.geometry import unpack_latents
+from uso.serve.work import Drawn, Event, Phase, Progress, Work
+
+logger = logging.getLogger(__name__)
+
+MemoryMode = Literal["full", "staged", "offload"]
+MODES: tuple[MemoryMode, ...] = ("full", "staged", "offload")  # from fast and large to slow and small
+ACTIVATIONS = (
+    4 * 10**9
+)  # bytes kept free for what a step of 1536x1536 with three pictures needs besides weights
+PREVIEW_SECONDS = 0.5
+
+
+class DeviceFault(USOError):
+    """The device is of no use any more; the process has to be restarted."""
+
+
+class OutOfMemory(USOError):
+    """The picture does not fit. Carries no traceback into the pipeline: its frames would keep the memory."""
+
+
+class Device:
+    """Owns `pipe` on a device. One `run` at a time; who calls sees to that.
+
+    Args:
+        pipe: a `USOPipeline` on the CPU.
+        device: "auto" takes CUDA, then MPS, then the CPU; else a torch device.
+        memory: "full" (all parts on the device), "staged" (encoders, then transformer, then VAE), "offload"
+            (layer by layer), or "auto". On a CPU there is one memory, so it is always "full".
+        step_limit: seconds without any sign of life after which the device counts as hung.
+    """
+
+    def __init__(
+        self, pipe: Any, *, device: str = "auto", memory: str = "auto", step_limit: float = 600.0
+    ) -> None:
+        self.pipe = pipe
+        self.device = torch.device(_best_device() if device == "auto" else device)
+        self.step_limit = step_limit
+        # elsewhere there is one memory, and nothing to move
+        self.modes = MODES if self.device.type == "cuda" else MODES[:1]
+        pipe.set_progress_bar_config(disable=True)
+        self.memory, self.why = self._choose_memory(memory)
+        self._place(self.memory)
+        self._latent_to_rgb = fit_latent_to_rgb(pipe, self.device)
+
+    def run(
+        self, work: Work, cancelled: Callable[[], bool], *, keep: Callable[[], bool] = lambda: False
+    ) -> Iterator[Event]:
+        """Draw `work`: `Progress` while it goes, then one `Drawn`.
+
+        Between steps `cancelled` and `keep` are asked: the first ends the work with `Cancelled`, the second
+        with the picture that is there. Closing the generator cancels too. When memory runs out, everything
+        is freed and the work begun once more in the next memory mode, in which the device then stays.
+
+        Raises:
+            Cancelled, OutOfMemory: the device is as good as before.
+            USOError: numbers that are no picture (NaN).
+            DeviceFault: hung.
+        """
+        before = self.memory
+        try:
+            yield from self._draw(work, cancelled, keep, notes=[])
+            return
+        except OutOfMemory:
+            self._free()
+            smaller = self.modes[self.modes.index(before) + 1 :]
+            if not smaller:
+                raise
+            self._place(smaller[0])
+            self.why = f"memory ran out in mode {before}"
+            note = f"Memory ran out in mode {before}; drawn in mode {smaller[0]}, which is slower."
+        try:
+            yield from self._draw(work, cancelled, keep, notes=[note])
+        except OutOfMemory:
+            self._free()
+            self._place(before)
+            raise
+
+    def _draw(
+        self, work: Work, cancelled: Callable[[], bool], keep: Callable[[], bool], notes: list[str]
+    ) -> Iterator[Event]:
+        """One attempt: the pipeline in a thread, its events from here."""
+        events: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        closed = threading.Event()
+        drawing = _Drawing(self, work, lambda: closed.is_set() or cancelled(), keep, events)
+        thread = threading.Thread(target=drawing.run, name="uso-device", daemon=True)
+        thread.start()
+        try:
+            while True:
+                try:
+                    event = events.get(timeout=self.step_limit)
+                except queue.Empty:
+                    raise self._hung() from None
+                if isinstance(event, Image.Image | Exception):
+                    thread.join()  # it has said its last; the next one must not begin before
+                if isinstance(event, Image.Image):
+                    yield Drawn(event, drawing.step, drawing.seconds(), self.memory, notes)
+                    return
+                if isinstance(event, Exception):
+                    raise event
+                phase, step, latents = event
+                yield Progress(phase, step, None if latents is None else self._preview(latents))
+        except (GeneratorExit, KeyboardInterrupt):
+            closed.set()
+            thread.join(timeout=self.step_limit)
+            if thread.is_alive():
+                raise self._hung() from None
+            raise
+
+    def _hung(self) -> DeviceFault:
+        faulthandler.dump_traceback()
+        return DeviceFault(
+            f"The device gave no sign of life for {self.step_limit:g} seconds: restart the server; its log "
+            "has the threads' stacks."
+        )
+
+    def _preview(self, latents: Tensor) -> str:
+        """`(16, h, w)` latents as a JPEG data URI of w x h pixels."""
+        factors, bias = self._latent_to_rgb
+        rgb = torch.einsum("chw,cr->hwr", latents, factors) + bias  # (16, h, w) -> (h, w, 3)
+        pixels = (rgb.clamp(-1, 1) * 127.5 + 127.5).to(torch.uint8).numpy()
+        jpeg = io.BytesIO()
+        Image.fromarray(pixels).save(jpeg, format="JPEG", quality=80)
+        return "data:image/jpeg;base64," + base64.b64encode(jpeg.getvalue()).decode()
+
+    def _choose_memory(self, memory: str) -> tuple[MemoryMode, str]:
+        if self.device.type != "cuda":
+            return "full", f"{self.device.type} has no memory of its own"
+        if memory != "auto":
+            return MODES[MODES.index(memory)], "as set"
+        sizes = [_bytes(part) for part in self.pipe.components.values() if isinstance(part, torch.nn.Module)]
+        free, _ = torch.cuda.mem_get_info(self.device)
+        room = f"{free / 1e9:.1f} GB are free"
+        if sum(sizes) + ACTIVATIONS <= free:
+            return "full", f"all {sum(sizes) / 1e9:.1f} GB of weights fit, {room}"
+        if max(sizes) + ACTIVATIONS <= free:
+            return "staged", f"the largest part, {max(sizes) / 1e9:.1f} GB, fits alone, {room}"
+        return "offload", f"the largest part, {max(sizes) / 1e9:.1f} GB, does not fit, {room}"
+
+    def _place(self, memory: MemoryMode) -> None:
+        self.pipe.remove_all_hooks()
+        if memory == "full":
+            self.pipe.to(self.device)
+        elif memory == "staged":
+            self.pipe.enable_model_cpu_offload(device=self.device)
+        else:
+            self.pipe.enable_sequential_cpu_offload(device=self.device)
+        self.memory = memory
+
+    def _free(self) -> None:
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+class _Drawing:
+    """One call of the pipeline, in the device's thread; what happens goes into `events`."""
+
+    def __init__(
+        self,
+        device: Device,
+        work: Work,
+        cancelled: Callable[[], bool],
+        keep: Callable[[], bool],
+        events: queue.SimpleQueue[Any],
+    ) -> None:
+        self.device, self.pipe, self.work = device, device.pipe, work
+        self.cancelled, self.keep, self.events = cancelled, keep, events
+        self.step = 0
+        self.prediction: Tensor | None = None
+        self.began: dict[Phase, float] = {}
+        self.previewed = 0.0
+
+    def run(self) -> None:
+        """Put events, then the picture or the exception."""
+        hooks = [
+            self.pipe.transformer.register_forward_pre_hook(self._before_transformer),
+            self.pipe.transformer.register_forward_hook(self._after_transformer),
+        ]
+        try:
+            self._enter("encoding")
+            self.events.put(self._call())
+        except torch.OutOfMemoryError:
+            self.events.put(
+                OutOfMemory("The device's memory is too small for this picture: ask for a smaller one.")
+            )
+        except Exception as error:
+            self.events.put(error)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _call(self) -> Image.Image:
+        work = self.work
+        generator = torch.Generator(self.device.device).manual_seed(work.seed)
+        pixels = self.pipe(
+            work.prompt,
+            content_image=work.content_image,
+            style_images=list(work.style_images),
+            width=work.width,
+            height=work.height,
+            num_inference_steps=work.num_steps,
+            guidance_scale=work.guidance,
+            content_long_size=work.content_long_size,
+            generator=generator,
+            callback_on_step_end=self._after_step,
+            output_type="pt",
+        ).images[0]  # (3, H, W) in [0, 1]
+        if not pixels.isfinite().all():
+            raise USOError("The decoder made numbers that are no picture (NaN): try another seed.")
+        array = (pixels.permute(1, 2, 0).float().cpu().numpy() * 255).round().astype(np.uint8)
+        self.began["done"] = time.monotonic()  # type: ignore[index]
+        return Image.fromarray(array)
+
+    def seconds(self) -> dict[Phase, float]:
+        """Duration of each phase, in order."""
+        marks = list(self.began.items())
+        return {phase: end - start for (phase, start), (_, end) in itertools.pairwise(marks)}
+
+    def _enter(self, phase: Phase) -> None:
+        self.began[phase] = time.monotonic()
+        self.events.put((phase, self.step, None))
+
+    def _before_transformer(self, module: torch.nn.Module, args: Any) -> None:
+        if self.cancelled():
+            raise Cancelled("Cancelled.")
+        if "drawing" not in self.began:
+            self._enter("drawing")
+
+    def _after_transformer(self, module: torch.nn.Module, args: Any, output: Any) -> None:
+        self.prediction = output[0]
+
+    def _after_step(
+        self, pipe: Any, index: int, timestep: Tensor, tensors: dict[str, Tensor]
+    ) -> dict[str, Any]:
+        latents = tensors["latents"]  # (1, N, 64)
+        # Waits for the device, so that "step k" is true and a cancel comes in time.
+        if not latents.isfinite().all():
+            raise USOError(
+                f"Step {index + 1} made numbers that are no picture (NaN): try another seed or size."
+            )
+        self.step = index + 1
+        if self.cancelled():
+            raise Cancelled("Cancelled.")
+        # The picture as the model sees it now: x0 = x - sigma * v
+        assert self.prediction is not None
+        clean = latents - pipe.scheduler.sigmas[index + 1].item() * self.prediction[:, : latents.shape[1]]
+        kept = self.step < self.work.num_steps and self.keep()
+        if kept:
+            pipe._interrupt = True
+        preview = None
+        if (now := time.monotonic()) - self.previewed >= PREVIEW_SECONDS:
+            self.previewed = now
+            width, height = pipe.native_size(self.work.width), pipe.native_size(self.work.height)
+            preview = unpack_latents(clean, width=width, height=height)[0].float().cpu()
+        self.events.put(("drawing", self.step, preview))
+        if kept or self.step == self.work.num_steps:
+            self._enter("decoding")
+        return {"latents": clean if kept else latents}
+
+
+@torch.no_grad()
+def fit_latent_to_rgb(pipe: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Factors `(16, 3)` and bias `(3,)` of the linear map from latents to colours in [-1, 1].
+
+    Fitted to the pipeline's own VAE on soft random colours, so that previews need no figures of each model.
+    """
+    colours = np.random.default_rng(0).integers(0, 256, (12, 12, 3), dtype=np.uint8)
+    image = Image.fromarray(colours).resize((512, 512), Image.Resampling.BICUBIC)
+    latents = pipe.encode_content(image, content_long_size=512, device=device)[0].float().cpu()  # (16, h, w)
+    pipe.maybe_free_model_hooks()
+    small = np.asarray(image.resize(latents.shape[:0:-1], Image.Resampling.BOX), dtype=np.float32)
+    rgb = torch.from_numpy(small / 127.5 - 1).flatten(0, 1)  # (h, w, 3) -> (h * w, 3)
+    inputs = torch.cat([latents.flatten(1).T, torch.ones(len(rgb), 1)], dim=1)  # (h * w, 17)
+    factors = torch.linalg.lstsq(inputs, rgb).solution
+    return factors[:-1], factors[-1]
+
+
+def _bytes(module: torch.nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in [*module.parameters(), *module.buffers()])
+
+
+def _best_device() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"

@@ -1,0 +1,638 @@
+"""The page: the schema's fields as controls, over one engine.
+
+A click on Generate only submits; a watcher, an async generator, follows the visitor's jobs and shows what
+changed. So a closed or reloaded page loses nothing: jobs belong to the engine, and a key kept in the browser
+finds them again. Imports no torch.
+"""
+
+import asyncio
+import hashlib
+import ipaddress
+import json
+import logging
+import os
+import secrets
+import signal
+import threading
+import time
+import zlib
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read at import: no outgoing requests
+
+import gradio as gr
+from gradio.utils import get_upload_folder
+from PIL import Image
+from starlette.datastructures import MutableHeaders
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from uso.errors import InputError, USOError
+from uso.images import MAX_BYTES, open_image
+from uso.schema import SEED_MAX, GenerationRequest, bounds, parse_request
+from uso.serve.engine import Engine, Job, LoadProgress
+from uso.serve.intents import EXAMPLES, INTENTS, PICTURES, Intent, thumbnail
+from uso.serve.words import announcement, hint, info_line, problem, seconds_text, status_line, title, told
+from uso.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+HERE = Path(__file__).parent
+MAX_PICTURES = 8
+VISITORS_KEPT = 1000
+BATCHES_KEPT = 100  # of one visitor
+JOBS_SHOWN = 24  # of one visitor, in the strip below the picture
+STOP_SECONDS = 20.0
+SIZES = {
+    "Auto": None,
+    "Square": (1024, 1024),
+    "Portrait": (832, 1216),
+    "Landscape": (1216, 832),
+    "Custom": None,
+}
+EMPTY = "Drop a subject and a style, or click an example below.<br>The picture forms here."
+
+# Handlers only look at the engine and never wait for it, so none need queue behind another.
+QUIET: dict[str, Any] = {
+    "show_progress": "hidden",
+    "concurrency_limit": None,
+    "trigger_mode": "multiple",
+    "api_visibility": "private",
+}
+
+
+@dataclass
+class Visitor:
+    """One browser: its jobs, oldest first, those of one click together; and the picture picked to show."""
+
+    batches: list[list[str]] = field(default_factory=list)
+    picked: str | None = None
+
+    def jobs(self, engine: Engine) -> list[Job]:
+        ids = [job_id for batch in self.batches for job_id in batch]
+        return [job for job_id in ids if (job := engine.get(job_id)) is not None]
+
+
+class Visitors:
+    """Who has which jobs: by a random key that only the visitor's browser knows. The oldest are forgotten."""
+
+    def __init__(self) -> None:
+        self._visitors: OrderedDict[str, Visitor] = OrderedDict()
+        self._turns: OrderedDict[str, int] = OrderedDict()
+
+    def get(self, key: str) -> Visitor:
+        visitor = self._visitors.setdefault(key, Visitor())
+        self._visitors.move_to_end(key)
+        while len(self._visitors) > VISITORS_KEPT:
+            self._visitors.popitem(last=False)
+        return visitor
+
+    def watch(self, tab: str) -> Callable[[], bool]:
+        """Begin to watch in a tab; the answer is False once another watcher has begun there."""
+        turn = self._turns[tab] = self._turns.get(tab, 0) + 1
+        while len(self._turns) > VISITORS_KEPT:
+            self._turns.popitem(last=False)
+        return lambda: self._turns.get(tab) == turn
+
+
+def build_page(engine: Engine) -> gr.Blocks:
+    """The page over `engine`. Every field of the schema is a component with the field's name as `elem_id`."""
+    visitors = Visitors()
+
+    with gr.Blocks(
+        title="USO: any subject in any style", fill_width=True, delete_cache=(3600, 86400)
+    ) as page:
+        # Neither is secret: the key is random, the form is the visitor's own. A form with other fields is
+        # another form.
+        key = gr.BrowserState(storage_key="uso-visitor", secret="uso")
+        fields = zlib.crc32(" ".join(GenerationRequest.model_fields).encode())
+        saved = gr.BrowserState(storage_key=f"uso-form-{fields}", secret="uso")
+        with gr.Row(elem_id="top"):
+            gr.HTML(title(engine.model), elem_id="title")
+            queue = gr.HTML(elem_id="queue")
+            gr.Button("Light / dark", elem_id="dark", size="sm", min_width=90, scale=0)
+        with gr.Row(elem_id="main"):
+            with gr.Column(elem_id="ask", min_width=320):
+                controls: dict[str, Any] = {}
+                hints: dict[str, gr.HTML] = {}
+                with gr.Row(elem_id="slots"):
+                    for name in PICTURES:
+                        with gr.Column(min_width=90, elem_classes="slot"):
+                            controls[name] = _slot(name)
+                            hints[name] = gr.HTML(hint(name), elem_id=f"{name}_hint")
+                with gr.Row(elem_id="intents"):
+                    intents = [gr.Button(intent.name, size="sm", min_width=70) for intent in INTENTS]
+                controls["prompt"] = gr.Textbox(lines=2, max_lines=6, **_words("prompt"))
+                with gr.Row(elem_id="go"):
+                    generate = gr.Button("Generate", variant="primary", elem_id="generate", min_width=160)
+                    about = gr.HTML(elem_id="about")
+                message = gr.HTML(elem_id="message")
+                with gr.Accordion("Size", open=False, elem_id="sizes"):
+                    size = gr.Radio(list(SIZES), value="Auto", label="Shape", elem_id="size")
+                    with gr.Row(visible=False) as sides:
+                        for name in ("width", "height"):
+                            controls[name] = gr.Slider(value=1024, **bounds(name), **_words(name))
+                    controls["keep_size"] = gr.Checkbox(value=_default("keep_size"), **_words("keep_size"))
+                with gr.Accordion("Details", open=False, elem_id="details"):
+                    for name in ("num_steps", "guidance", "content_long_size"):
+                        controls[name] = gr.Slider(value=_default(name), **bounds(name), **_words(name))
+                    with gr.Row():
+                        controls["seed"] = gr.Number(
+                            value=_default("seed"), precision=0, **bounds("seed"), **_words("seed")
+                        )
+                        random_seed = gr.Button(
+                            "Random seed", elem_id="random_seed", size="sm", min_width=110, scale=0
+                        )
+                    count = gr.Slider(
+                        1,
+                        MAX_PICTURES,
+                        value=1,
+                        step=1,
+                        label="Pictures",
+                        info="How many to draw, each with its own seed.",
+                        elem_id="count",
+                    )
+            with gr.Column(elem_id="answer", min_width=320):
+                with gr.Column(elem_id="picture"):
+                    result = gr.Image(
+                        elem_id="result",
+                        format="png",
+                        type="filepath",
+                        interactive=False,
+                        show_label=False,
+                        buttons=["fullscreen"],
+                        alt_text="The picture that was made",
+                    )
+                    stage = gr.HTML(elem_id="stage")
+                with gr.Row(elem_id="state"):
+                    status = gr.HTML(elem_id="status")
+                    cancel = gr.Button("Cancel", elem_id="cancel", size="sm", min_width=70, scale=0)
+                    keep = gr.Button("Keep", elem_id="keep", size="sm", min_width=70, scale=0)
+                    retry = gr.Button(
+                        "Try again", elem_id="retry", size="sm", min_width=90, scale=0, visible=False
+                    )
+                info = gr.HTML(elem_id="info")
+                with gr.Row(elem_id="uses"):
+                    download = gr.DownloadButton("Download PNG", elem_id="download", size="sm", min_width=110)
+                    as_subject = gr.Button("Use as subject", elem_id="as_subject", size="sm", min_width=110)
+                    as_style = gr.Button("Use as style", elem_id="as_style", size="sm", min_width=110)
+                    same_seed = gr.Button("Same seed", elem_id="same_seed", size="sm", min_width=90)
+                strip = gr.Gallery(
+                    elem_id="strip",
+                    format="png",
+                    interactive=False,
+                    allow_preview=False,
+                    show_label=False,
+                    columns=JOBS_SHOWN,
+                    height=84,
+                    object_fit="cover",
+                    buttons=[],
+                    visible=False,
+                )
+        examples = gr.Gallery(
+            [(thumbnail(intent), intent.name) for intent in INTENTS],
+            label="Examples: click one, then Generate",
+            elem_id="examples",
+            format="png",
+            interactive=False,
+            allow_preview=False,
+            columns=len(INTENTS),
+            height=150,
+            object_fit="contain",
+            buttons=[],
+        )
+        announce = gr.HTML(elem_id="announce")
+
+        ordered = [controls[name] for name in GenerationRequest.model_fields]
+        shown = {
+            "stage": stage,
+            "result": result,
+            "status": status,
+            "info": info,
+            "cancel": cancel,
+            "keep": keep,
+            "retry": retry,
+            "queue": queue,
+            "strip": strip,
+            "download": download,
+            "as_subject": as_subject,
+            "as_style": as_style,
+            "same_seed": same_seed,
+            "announce": announce,
+        }
+
+        def submit(visitor_key: str, shape: str, pictures: float, *values: Any) -> list[Any]:
+            """Queue the pictures; returns the slots' hints and the message beside the button."""
+            answers = {name: hint(name) for name in PICTURES} | {"": ""}
+            visitor = visitors.get(visitor_key)
+            jobs: list[str] = []
+            try:
+                if not visitor_key:
+                    raise InputError("The page is not ready yet: try again in a moment.")
+                if pictures not in range(1, MAX_PICTURES + 1):
+                    raise InputError(f"Pictures must be a whole number from 1 to {MAX_PICTURES}.")
+                form = dict(zip(GenerationRequest.model_fields, values, strict=True))
+                request, opened, hashes = read_form(form, auto_size=shape == "Auto")
+                for number in range(int(pictures)):
+                    seed = request.seed if request.seed < 0 else (request.seed + number) % (SEED_MAX + 1)
+                    one = request.model_copy(update={"seed": seed})
+                    jobs.append(engine.submit(one, opened, hashes).id)
+            except USOError as error:
+                at = error.field if isinstance(error, InputError) and error.field in answers else ""
+                answers[at or ""] = problem(str(error))
+            if jobs:
+                visitor.batches = [*visitor.batches, jobs][-BATCHES_KEPT:]
+                visitor.picked = None
+            return list(answers.values())
+
+        async def watch(visitor_key: str, request: gr.Request) -> AsyncIterator[list[Any]]:
+            """Show what changes until nothing is left to happen, or the tab begins another watch."""
+            newest = visitors.watch(str(request.session_hash))
+            before: dict[str, dict[str, Any]] = {}
+            heard = 0.0
+            while newest():
+                visitor = visitors.get(visitor_key)
+                # Asked before looking: what ends in between is seen in the next round.
+                settled = engine.status.state != "loading" and all(job.done for job in visitor.jobs(engine))
+                view = look(engine, visitor)
+                # Something once a second, so that a tab that is gone is noticed.
+                if view != before or time.monotonic() - heard >= 1:
+                    yield [
+                        gr.skip() if before.get(name) == view[name] else gr.update(**view[name])
+                        for name in shown
+                    ]
+                    before, heard = view, time.monotonic()
+                if settled:
+                    return
+                await asyncio.sleep(0.2)
+
+        def stop(visitor_key: str) -> None:
+            """Cancel what was asked for in one click: the batch that is being drawn, or waits."""
+            for batch in visitors.get(visitor_key).batches:
+                if [job_id for job_id in batch if engine.cancel(job_id)]:
+                    return
+
+        def keep_picture(visitor_key: str) -> None:
+            for job in visitors.get(visitor_key).jobs(engine):
+                engine.keep(job.id)
+
+        def pick(visitor_key: str, event: gr.SelectData) -> None:
+            visitor = visitors.get(visitor_key)
+            done = pictures_of(visitor.jobs(engine))
+            visitor.picked = done[event.index].id if event.index < len(done) else None
+
+        def use(visitor_key: str) -> str | None:
+            job = shown_job(visitors.get(visitor_key), engine)
+            return str(job.result.path) if job and job.result else None
+
+        def seed_of(visitor_key: str) -> int:
+            job = shown_job(visitors.get(visitor_key), engine)
+            return job.work.seed if job else -1
+
+        def advise(shape: str, pictures: float, *values: Any) -> str:
+            """What stands beside Generate: how long it takes, or what cannot have an effect."""
+            form = dict(zip(GenerationRequest.model_fields, values, strict=True))
+            if form["keep_size"] and not form["content_image"]:
+                return "Keep the subject's shape: needs a subject."
+            width, height = (form["width"], form["height"]) if shape != "Auto" else (1024, 1024)
+            try:
+                seconds = engine.estimate(width, height, form["num_steps"])
+            except TypeError:  # a field is empty just now
+                seconds = None
+            return f"about {seconds_text(seconds * pictures)}" if seconds else ""
+
+        def intend(intent: Intent) -> list[Any]:
+            values = [intent.sets.get(name, gr.skip()) for name in GenerationRequest.model_fields]
+            return [*values, told(f"{intent.name}: {intent.told}")]
+
+        def show_example(event: gr.SelectData) -> list[Any]:
+            intent = INTENTS[event.index]
+            pictures = {
+                name: str(EXAMPLES / intent.example[name]) for name in PICTURES if name in intent.example
+            }
+            empty = dict.fromkeys(PICTURES) | {"prompt": "", "keep_size": False}
+            values = empty | intent.sets | {"prompt": intent.example.get("prompt", "")} | pictures
+            return [
+                *(values.get(name, gr.skip()) for name in GenerationRequest.model_fields),
+                told(f"{intent.name}: press Generate."),
+            ]
+
+        def choose_shape(shape: str) -> list[Any]:
+            width, height = SIZES[shape] or (gr.skip(), gr.skip())
+            return [gr.update(visible=shape != "Auto"), width, height]
+
+        async def generate_api(
+            prompt: str,
+            content_image: Any = None,
+            style_image: Any = None,
+            extra_style_image: Any = None,
+            width: Any = None,
+            height: Any = None,
+            num_steps: Any = None,
+            guidance: Any = None,
+            seed: Any = None,
+            keep_size: Any = None,
+            content_long_size: Any = None,
+            progress: gr.Progress = gr.Progress(),  # noqa: B008  Gradio's way to ask for it
+        ) -> tuple[str, dict[str, Any]]:
+            """Draw one picture; returns the PNG and its parameters as executed."""
+            form = {name: value for name, value in locals().items() if name in GenerationRequest.model_fields}
+            try:
+                job = engine.submit(*await asyncio.to_thread(read_form, form, auto_size=False))
+            except USOError as error:
+                raise gr.Error(str(error), print_exception=False) from error
+            try:
+                async for job in engine.watch(job.id):  # noqa: B020  the same job, later
+                    progress((job.step, job.work.num_steps), desc=job.phase)
+            finally:
+                engine.cancel(job.id)  # the client went away; nothing happens to a job that has ended
+            if job.result is None:
+                raise gr.Error(job.error or "The job was cancelled.", print_exception=False)
+            return str(job.result.path), job.result.parameters
+
+        watching: dict[str, Any] = {"fn": watch, "inputs": key, "outputs": [*shown.values()], **QUIET}
+        form = [size, count, *ordered]
+        advising: dict[str, Any] = {
+            "fn": advise,
+            "inputs": form,
+            "outputs": about,
+            "preprocess": False,
+            **QUIET,
+        }
+        defaults = json.dumps([control.value for control in form])
+        page.load(None, saved, form, js=f"(saved) => saved ?? {defaults}")
+        page.load(lambda known: known or secrets.token_urlsafe(18), key, key, **QUIET).then(**watching)
+        gr.on([control.change for control in form], None, form, saved, js="(...form) => [form]")
+        gr.on([control.change for control in form], **advising)
+        for button, intent in zip(intents, INTENTS, strict=True):
+            button.click(lambda intent=intent: intend(intent), None, [*ordered, message], **QUIET)
+        examples.select(show_example, None, [*ordered, message], **QUIET)
+        random_seed.click(lambda: -1, None, controls["seed"], **QUIET)
+        gr.on(
+            [generate.click, controls["prompt"].submit],
+            submit,
+            [key, *form],
+            [*hints.values(), message],
+            preprocess=False,
+            **QUIET,
+        ).then(**watching).then(**advising)
+        retry.click(engine.start, **QUIET).then(**watching)
+        cancel.click(stop, key, **QUIET)
+        keep.click(keep_picture, key, **QUIET)
+        strip.select(pick, key, **QUIET).then(**watching)
+        as_subject.click(use, key, controls["content_image"], **QUIET)
+        as_style.click(use, key, controls["style_image"], **QUIET)
+        same_seed.click(seed_of, key, controls["seed"], **QUIET)
+        size.change(choose_shape, size, [sides, controls["width"], controls["height"]], **QUIET)
+        # For gradio_client, which takes types and defaults from the components (None: from the function). On
+        # the page a size is always there; here it may be left out.
+        optional = {name: gr.Number(label=name, precision=0, visible=False) for name in ("width", "height")}
+        picture = gr.Image(label="picture", format="png", visible=False)
+        parameters = gr.JSON(label="parameters", visible=False)
+        gr.Button(visible=False).click(
+            generate_api,
+            [optional.get(name, controls[name]) for name in GenerationRequest.model_fields],
+            [picture, parameters],
+            api_name="generate",
+            preprocess=False,
+            concurrency_limit=None,
+            trigger_mode="multiple",
+        )
+        for name in PICTURES:
+            # The file as it was uploaded: Gradio's own conversion would fail first, with a worse sentence.
+            controls[name].change(
+                lambda picture, name=name: check_picture(name, picture),
+                controls[name],
+                hints[name],
+                preprocess=False,
+                **QUIET,
+            )
+    return page
+
+
+def read_form(
+    form: dict[str, Any], *, auto_size: bool
+) -> tuple[GenerationRequest, dict[str, Image.Image], dict[str, str]]:
+    """The request, its opened pictures and their files' hashes; InputError says what is wrong, and where."""
+    files = {name: uploaded(name, form[name]) for name in PICTURES if form[name]}
+    data = form | {name: {"path": str(files[name])} if name in files else None for name in PICTURES}
+    if auto_size:
+        data |= {"width": None, "height": None}
+    request = parse_request(data)
+    pictures = {name: open_image(path, field=name) for name, path in files.items()}
+    hashes = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
+    return request, pictures, hashes
+
+
+def uploaded(name: str, picture: dict[str, Any]) -> Path:
+    """The file of a slot. Gradio lets any path through that comes without its mark, so it is checked here."""
+    path = Path(picture.get("path") or "").resolve()
+    if not path.is_relative_to(Path(get_upload_folder()).resolve()) or not path.is_file():
+        raise InputError(f"`{name}` is not on the server any more: give the picture again.", field=name)
+    return path
+
+
+def check_picture(name: str, picture: dict[str, Any] | None) -> str:
+    """What stands below a slot: its help, or what is wrong with the file in it."""
+    try:
+        if picture is not None:
+            open_image(uploaded(name, picture), field=name)
+    except InputError as error:
+        return problem(str(error))
+    return hint(name)
+
+
+def pictures_of(jobs: list[Job]) -> list[Job]:
+    """Finished pictures, the newest first."""
+    return [job for job in reversed(jobs) if job.result]
+
+
+def shown_job(visitor: Visitor, engine: Engine) -> Job | None:
+    """The job whose picture is shown: the picked one, else the newest."""
+    done = pictures_of(visitor.jobs(engine))
+    return next((job for job in done if job.id == visitor.picked), done[0] if done else None)
+
+
+def look(engine: Engine, visitor: Visitor) -> dict[str, dict[str, Any]]:
+    """What the visitor should see now: the properties of each shown component."""
+    jobs = visitor.jobs(engine)
+    live = [job for job in jobs if not job.done]
+    current = live[0] if live else None
+    drawing = current is not None and current.state == "running"
+    shown, done = shown_job(visitor, engine), pictures_of(jobs)
+    path = str(shown.result.path) if shown and shown.result else None
+    stage = (
+        f'<img src="{current.preview}" alt="The picture as it forms">' if current and current.preview else ""
+    )
+    if not stage and path is None:
+        stage = f'<p class="empty">{EMPTY}</p>'
+    return {
+        "stage": {"value": stage},
+        "result": {"value": path},
+        "status": {"value": status_line(engine, jobs)},
+        "info": {"value": info_line(shown)},
+        "cancel": {"interactive": current is not None and current.stop != "cancel"},
+        "keep": {"interactive": drawing and current is not None and current.stop is None},
+        "retry": {"visible": engine.status.state == "failed"},
+        "queue": {"value": f"Queue {engine.waiting}" if live else ""},  # nobody updates it afterwards
+        "strip": {
+            "value": [str(job.result.path) for job in done[:JOBS_SHOWN] if job.result],
+            "visible": len(done) > 1,
+        },
+        "download": {"value": path, "interactive": path is not None},
+        "as_subject": {"interactive": path is not None},
+        "as_style": {"interactive": path is not None},
+        "same_seed": {"interactive": path is not None},
+        "announce": {"value": announcement(engine, jobs)},
+    }
+
+
+def _words(name: str) -> dict[str, Any]:
+    """Label, help and id of a field's control."""
+    field = GenerationRequest.model_fields[name]
+    return {"label": field.title, "info": field.description, "elem_id": name}
+
+
+def _default(name: str) -> Any:
+    return GenerationRequest.model_fields[name].default
+
+
+def _slot(name: str) -> gr.Image:
+    return gr.Image(
+        label=GenerationRequest.model_fields[name].title,
+        elem_id=name,
+        format="png",
+        type="filepath",
+        image_mode=None,
+        placeholder="Drop, paste or click",
+        sources=["upload", "clipboard", "webcam"],
+        buttons=[],
+        height=150,
+    )
+
+
+def theme() -> gr.themes.Base:
+    """One accent colour, the system's own fonts: nothing is fetched from elsewhere."""
+    return gr.themes.Base(
+        primary_hue="teal",
+        neutral_hue="stone",
+        font=["system-ui", "sans-serif"],
+        font_mono=["ui-monospace", "monospace"],
+        radius_size="md",
+        spacing_size="md",
+    ).set(  # contrast of at least 4.5
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_hover="*primary_800",
+        button_primary_background_fill_dark="*primary_700",
+        button_primary_background_fill_hover_dark="*primary_600",
+        button_primary_text_color="white",
+        block_info_text_color="*neutral_600",
+        block_label_text_color="*neutral_700",
+        slider_color="*primary_600",
+    )
+
+
+class NoSniff:
+    """Files of strangers are shown as what they are served as, never as what a browser guesses."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_with_header(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["X-Content-Type-Options"] = "nosniff"
+            await send(message)
+
+        await self.app(scope, receive, send_with_header)
+
+
+def check_exposure(settings: Settings) -> None:
+    """Raise InputError when strangers could use the machine without a password and nobody insisted."""
+    beyond = settings.share or not _is_loopback(settings.host)
+    if beyond and not (settings.auth or settings.no_password or settings.space_id):
+        what = "A public link" if settings.share else f"Listening on {settings.host}"
+        raise InputError(
+            f"{what} lets others use this machine: set a password with --auth USER:PASSWORD, or insist with "
+            "--no-password."
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def launch(engine: Engine, settings: Settings) -> gr.Blocks:
+    """Serve the page in the background; returns it once it answers."""
+    page = build_page(engine)
+    page.queue(api_open=False)
+    # Against DNS rebinding: a page elsewhere must not reach us under a name of its own.
+    local = _is_loopback(settings.host) and not settings.space_id
+    hosts = ["localhost", "127.0.0.1", settings.host, "*.gradio.live"] if local else ["*"]
+    page.launch(
+        server_name=settings.host,
+        server_port=settings.port,
+        share=settings.share,
+        auth=tuple(settings.auth.get_secret_value().split(":", 1)) if settings.auth else None,  # type: ignore[arg-type]
+        app_kwargs={
+            "middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=hosts), Middleware(NoSniff)]
+        },
+        prevent_thread_lock=True,
+        theme=theme(),
+        css_paths=[HERE / "page.css"],
+        head_paths=[HERE / "page.html"],
+        footer_links=["api"],
+        allowed_paths=[str(EXAMPLES)],
+        show_error=True,
+        max_file_size=MAX_BYTES,
+        run_history=False,
+        enable_monitoring=False,
+        ssr_mode=False,
+        quiet=True,
+    )
+    return page
+
+
+def serve(settings: Settings) -> int:
+    """Serve the page until SIGTERM or Ctrl-C, then end or cancel the running job; the exit code.
+
+    The page answers before the model is there: it is loaded in the background.
+    """
+    check_exposure(settings)
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("uso").setLevel(logging.INFO)
+    engine = Engine(
+        _loader(settings),
+        model=Path(settings.model).name,  # of a folder, only its name is told
+        device=settings.device,
+        memory=settings.memory,
+        queue_limit=settings.queue_limit,
+        step_limit=settings.step_limit,
+    )
+    page = launch(engine, settings)
+    asked_to_stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: asked_to_stop.set())
+    print(f"USO is at http://{settings.host}:{settings.port}", flush=True)
+    engine.start()
+    asked_to_stop.wait()
+    engine.stop(within=STOP_SECONDS)
+    page.close(verbose=False)
+    return 0
+
+
+def _loader(settings: Settings) -> Callable[[LoadProgress], Any]:
+    def load(progress: LoadProgress) -> Any:
+        from uso.model.checkpoints import load_pipeline  # imports torch: in the worker, when the page is up
+
+        return load_pipeline(settings.model, settings=settings, progress=progress)
+
+    return load
