@@ -51,7 +51,7 @@ def test_there_are_blocks() -> None:
 
 
 @pytest.mark.parametrize(
-    ("language", "block"), BLOCKS, ids=[block.split("\n")[0][:40] for _, block in BLOCKS]
+    ("language", "block"), BLOCKS, ids=[block.partition("\n")[0][:40] for _, block in BLOCKS]
 )
 def test_readme_block(visitor: Path, language: str, block: str) -> None:
     if language == "python":
@@ -61,7 +61,7 @@ def test_readme_block(visitor: Path, language: str, block: str) -> None:
         return
     for command in block.replace("\\\n", "").strip().splitlines():
         if command.startswith("make "):
-            # these two set up everything and run this very test: that the steps exist is what can be tried here
+            # it sets up everything, and runs this very test: what can be tried here is that its steps exist
             command = command.replace("make ", "make --dry-run --always-make ")
         done = run(command, visitor)
         assert done.returncode == EXPECTED.get(command, 0), done.stdout + done.stderr

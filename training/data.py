@@ -241,7 +241,7 @@ class Pictures:
 def photos() -> dict[str, np.ndarray]:
     """{subject: uint8 (H, W, 3)}: whole photographs, to be cropped."""
     import skimage.data
-    import sklearn.datasets  # type: ignore[import-untyped]
+    import sklearn.datasets
 
     loaded = {}
     for module, name, subject in PHOTOS:
