@@ -53,6 +53,9 @@ class FakePipeline:
     def native_size(self, pixels: int) -> int:
         return pixels
 
+    def cut(self, pixels: torch.Tensor, **shape: int) -> torch.Tensor:
+        return pixels
+
     def encode_content(self, image: Image.Image, **rest: Any) -> torch.Tensor:
         return torch.rand(1, 16, image.height // 8, image.width // 8)
 

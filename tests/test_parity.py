@@ -16,7 +16,16 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.parity import GOLDENS, LIMITS, case_names, content_differs_on_purpose, failed, picture, read_case
+from tests.parity import (
+    GOLDENS,
+    LIMITS,
+    case_names,
+    content_differs_on_purpose,
+    failed,
+    is_transparent,
+    picture,
+    read_case,
+)
 from uso.errors import ImageError, InputError
 from uso.images import open_image, prepare_content, to_rgb
 from uso.model.geometry import schedule_mu
@@ -92,8 +101,7 @@ def test_preprocessing(rule: dict[str, Any]) -> None:
         return
     assert list(prepared.size) == rule["size"]
     # On purpose: alpha goes over white, where the official code shows the hidden colours.
-    transparent = image.has_transparency_data
-    assert (_sha256(prepared) == rule["sha256_rgb_first"]) is not transparent
+    assert (_sha256(prepared) == rule["sha256_rgb_first"]) is not is_transparent(image)
 
 
 @pytest.mark.parametrize("name", sorted({rule["image"] for rule in RULES["preprocess"]}))

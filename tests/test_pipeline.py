@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FirstBlockCacheConfig
-from PIL import Image
+from PIL import Image, ImageChops
 from torch import Tensor
 
 from tests.parity import GOLDENS, load, picture
 from uso.errors import Cancelled, ImageError
-from uso.images import to_rgb
+from uso.images import fit_into_square, to_rgb
 from uso.model.pipeline import USOPipeline
 
 CONTENT, STYLE, SECOND_STYLE = picture("land"), picture("styleA"), picture("styleB")
@@ -320,6 +320,21 @@ def test_native_scale_draws_small_and_enlarges(pipe: USOPipeline) -> None:
     assert pipe.native_content_size(Image.new("RGB", (3000, 3000)), 0) == 256
     with pytest.raises(ImageError, match="content_long_size"):
         draw(pipe, content_image=Image.new("RGB", (200, 100)), content_long_size=64)
+
+
+def test_native_side_draws_a_square_and_cuts_the_shape_from_it(pipe: USOPipeline) -> None:
+    pipe.register_to_config(native_scale=0.25, native_side=64)
+    assert draw(pipe, width=256, height=128).shape == (1, 16, 64)
+    assert draw(pipe, width=256, height=128, output_type="pil")[0].size == (256, 128)
+    square, wide = (draw(pipe, width=w, height=128, output_type="pt")[0] for w in (128, 256))
+    assert square.shape == (3, 128, 128)
+    assert wide.shape == (3, 128, 256)
+    grid = torch.arange(8 * 8).view(1, 8, 8)
+    assert torch.equal(pipe.cut(grid, width=256, height=128), grid[:, 2:6])
+    assert torch.equal(pipe.cut(grid, width=128, height=256), grid[:, :, 2:6])
+    red = Image.new("RGB", (100, 100), "red")
+    fitted = fit_into_square(red, shape=(256, 128), side=64)
+    assert ImageChops.invert(fitted.getchannel("G")).getbbox() == (16, 16, 48, 48)  # whole, within 64x32
 
 
 def test_sizes_absent_or_half_given(pipe: USOPipeline) -> None:

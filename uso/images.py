@@ -160,6 +160,19 @@ def _through_profile(image: Image.Image, icc: bytes) -> Image.Image:
         return image
 
 
+def fit_into_square(image: Image.Image, *, shape: tuple[int, int], side: int) -> Image.Image:
+    """The whole picture in the middle of a white square of `side` pixels, within the part of it that has the
+    proportions of `shape` (width, height). For a model that draws squares alone."""
+    longest = max(shape)
+    scale = side / longest * min(shape[0] / image.width, shape[1] / image.height)
+    fitted = image.resize(
+        (max(round(image.width * scale), 1), max(round(image.height * scale), 1)), Image.Resampling.LANCZOS
+    )
+    square = Image.new("RGB", (side, side), "white")
+    square.paste(fitted, ((side - fitted.width) // 2, (side - fitted.height) // 2))
+    return square
+
+
 def prepare_content(image: Image.Image, long_size: int) -> Image.Image:
     """The content picture as the VAE reads it: long side `long_size`, centre crop to multiples of 16.
 

@@ -167,7 +167,9 @@ def _load_diffusers_folder(folder: Path, *, dtype: torch.dtype, progress: Progre
     }
     models = _load_all(plans, weights, dtype=dtype, progress=progress)
     index = read_json(folder / DIFFUSERS_INDEX)
-    numbers = {name: index[name] for name in ("native_scale", "max_sequence_length") if name in index}
+    numbers = {
+        name: index[name] for name in ("native_scale", "native_side", "max_sequence_length") if name in index
+    }
     return USOPipeline(scheduler=_scheduler(folder / "scheduler"), **models, **tokenizers, **numbers)
 
 

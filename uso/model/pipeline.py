@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer, SiglipVisionModel, T5EncoderModel, T5TokenizerFast
 
-from uso.images import OWN_SIZE_MAX, prepare_content, to_rgb
+from uso.images import OWN_SIZE_MAX, fit_into_square, prepare_content, to_rgb
 from uso.model.geometry import (
     PIXELS_PER_TOKEN,
     pack_latents,
@@ -76,6 +76,7 @@ class USOPipeline(DiffusionPipeline, FluxLoraLoaderMixin):
         image_encoder: SigLIP's vision tower, for style pictures.
         style_projector: SigLIP's hidden states to style tokens.
         native_scale: fraction of the asked size at which the model draws, before enlarging (FLUX: 1).
+        native_side: side in pixels of the only square that a model draws; other shapes are cut from it.
         max_sequence_length: T5 tokens of a prompt; shorter ones are padded, longer ones cut.
     """
 
@@ -94,6 +95,7 @@ class USOPipeline(DiffusionPipeline, FluxLoraLoaderMixin):
         image_encoder: SiglipVisionModel,
         style_projector: StyleProjector,
         native_scale: float = 1.0,
+        native_side: int | None = None,
         max_sequence_length: int = 512,
     ) -> None:
         super().__init__()
@@ -108,7 +110,9 @@ class USOPipeline(DiffusionPipeline, FluxLoraLoaderMixin):
             image_encoder=image_encoder,
             style_projector=style_projector,
         )
-        self.register_to_config(native_scale=native_scale, max_sequence_length=max_sequence_length)
+        self.register_to_config(
+            native_scale=native_scale, native_side=native_side, max_sequence_length=max_sequence_length
+        )
         self.image_processor = VaeImageProcessor(vae_scale_factor=PIXELS_PER_TOKEN)
         self._interrupt = False
 
@@ -198,7 +202,9 @@ class USOPipeline(DiffusionPipeline, FluxLoraLoaderMixin):
             # 4. Encode the content pictures
             if content_latents is None:
                 content_latents = [
-                    self.encode_content(image, content_long_size=content_long_size, device=device)
+                    self.encode_content(
+                        image, content_long_size=content_long_size, shape=(width, height), device=device
+                    )
                     for image in content_images
                 ]
             content_tokens = [pack_latents(reference.to(device, dtype)) for reference in content_latents]
@@ -253,7 +259,8 @@ class USOPipeline(DiffusionPipeline, FluxLoraLoaderMixin):
             images: Any = latents
             if output_type != "latent":
                 pixels = self.decode(latents, width=native_width, height=native_height)
-                if (native_width, native_height) != (width, height):
+                pixels = self.cut(pixels, width=width, height=height)
+                if pixels.shape[2:] != (height, width):
                     pixels = torch.nn.functional.interpolate(
                         pixels.float(), size=(height, width), mode="bicubic", antialias=True
                     )
@@ -305,8 +312,18 @@ class USOPipeline(DiffusionPipeline, FluxLoraLoaderMixin):
 
     def native_size(self, pixels: int) -> int:
         """The side the model draws for an asked side: `native_scale` of it, a multiple of 16."""
-        tokens = round(pixels * self.config.native_scale / PIXELS_PER_TOKEN)
-        return max(tokens, 1) * PIXELS_PER_TOKEN
+        if self.config.native_side is not None:
+            return self.config.native_side
+        return _round_to_tokens(pixels * self.config.native_scale)
+
+    def cut(self, pixels: Tensor, *, width: int, height: int) -> Tensor:
+        """The middle of a `native_side` square `(..., S, S)`, in the proportions of `width` x `height`."""
+        if self.config.native_side is None:
+            return pixels
+        side, longest = pixels.shape[-1], max(width, height)
+        columns, rows = round(side * width / longest), round(side * height / longest)
+        left, top = (side - columns) // 2, (side - rows) // 2
+        return pixels[..., top : top + rows, left : left + columns]
 
     def encode_prompt(
         self, prompt: str, *, device: torch.device, dtype: torch.dtype
@@ -344,9 +361,25 @@ class USOPipeline(DiffusionPipeline, FluxLoraLoaderMixin):
         pixels = np.asarray(resized, dtype=np.float32) / np.float32(127.5) - np.float32(1)  # (S, S, 3)
         return torch.from_numpy(pixels).permute(2, 0, 1)[None]
 
-    def encode_content(self, image: Image.Image, *, content_long_size: int, device: torch.device) -> Tensor:
-        """Scaled and shifted latents `(1, 16, h/8, w/8)`: the posterior's mean, one for a picture."""
-        prepared = prepare_content(to_rgb(image), self.native_content_size(image, content_long_size))
+    def encode_content(
+        self,
+        image: Image.Image,
+        *,
+        content_long_size: int,
+        shape: tuple[int, int] = (1, 1),
+        device: torch.device,
+    ) -> Tensor:
+        """Scaled and shifted latents `(1, 16, h/8, w/8)`: the posterior's mean, one for a picture.
+
+        `shape` (width, height) of the picture to draw only counts for a model that draws squares alone.
+        """
+        image = to_rgb(image)
+        long_size = self.native_content_size(image, content_long_size)
+        if self.config.native_side is not None:
+            image.thumbnail((long_size, long_size), Image.Resampling.LANCZOS)
+            prepared = fit_into_square(image, shape=shape, side=self.config.native_side)
+        else:
+            prepared = prepare_content(image, long_size)
         pixels = self.image_processor.preprocess(prepared).to(device, self.vae.dtype)
         mean = self.vae.encode(pixels).latent_dist.mode()
         return self.vae.config.scaling_factor * (mean - self.vae.config.shift_factor)
@@ -355,7 +388,8 @@ class USOPipeline(DiffusionPipeline, FluxLoraLoaderMixin):
         """Long side at which a content picture is encoded: as asked for FLUX, else a multiple of 16."""
         if self.config.native_scale == 1:
             return content_long_size
-        return self.native_size(content_long_size or min(max(image.size), OWN_SIZE_MAX))
+        long_size = content_long_size or min(max(image.size), OWN_SIZE_MAX)
+        return _round_to_tokens(long_size * self.config.native_scale)
 
     def prepare_latents(
         self,
@@ -409,6 +443,11 @@ def once_an_image(transformer: FluxTransformer2DModel, *, style_tokens: Tensor |
     finally:
         for module in hooks:
             HookRegistry.check_if_exists_or_initialize(module).remove_hook(OnceAnImage.NAME, recurse=False)
+
+
+def _round_to_tokens(pixels: float) -> int:
+    """The nearest multiple of 16, at least 16."""
+    return max(round(pixels / PIXELS_PER_TOKEN), 1) * PIXELS_PER_TOKEN
 
 
 def _as_list(images: Image.Image | list[Image.Image] | None) -> list[Image.Image]:

@@ -276,7 +276,8 @@ class _Drawing:
         if (now := time.monotonic()) - self.previewed >= PREVIEW_SECONDS:
             self.previewed = now
             width, height = pipe.native_size(self.work.width), pipe.native_size(self.work.height)
-            preview = unpack_latents(clean, width=width, height=height)[0].float().cpu()
+            latent_image = unpack_latents(clean, width=width, height=height)[0]
+            preview = pipe.cut(latent_image, width=self.work.width, height=self.work.height).float().cpu()
         self.events.put(("drawing", self.step, preview))
         if kept or self.step == self.work.num_steps:
             self._enter("decoding")

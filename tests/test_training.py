@@ -1,0 +1,135 @@
+"""The road to assets/nano, each command for a step or two on a tiny pool: trains, resumes, exports, loads."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from PIL import Image
+
+from training import export, latents, loop, text, train, vae
+from training.pool import PICTURES
+from uso.model.pipeline import USOPipeline
+
+ONE_STEP = 1e-9  # minutes: over when the first step is done
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A pool of one shard of two looks, and a group of this process alone."""
+    for module in (vae, latents, text, train, export):
+        for name, path in (
+            ("POOL", "pool"),
+            ("LATENTS", "latents"),
+            ("TOKENIZERS", "tokenizers"),
+            ("NANO", "nano"),
+        ):
+            monkeypatch.setattr(module, name, tmp_path / path, raising=False)
+    for module in (vae, latents, export):
+        for name, path in (("CHECKPOINT", "vae.pt"), ("VAE_CHECKPOINT", "vae.pt")):
+            monkeypatch.setattr(module, name, tmp_path / path, raising=False)
+    for module in (train, export):
+        monkeypatch.setattr(module, "CHECKPOINT", tmp_path / "nano.pt")
+    shard = tmp_path / "pool" / "train-0000-128x128"
+    shard.mkdir(parents=True)
+    pictures = np.random.default_rng(0).integers(0, 256, (2, 2 * PICTURES, 128, 128, 3), np.uint8)
+    np.save(shard / "content.npy", pictures[0])
+    np.save(shard / "target.npy", pictures[1])
+    np.save(shard / "subject.npy", np.arange(2 * PICTURES))
+    looks = [{"id": i, "family": "halftone", "words": "halftone, navy and cream"} for i in range(2)]
+    (shard / "looks.json").write_text(json.dumps(looks))
+    subjects = [{"name": f"subject {i}", "held_out": False} for i in range(2 * PICTURES)]
+    (tmp_path / "pool" / "subjects.json").write_text(json.dumps(subjects))
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    torch.manual_seed(0)
+    yield tmp_path
+    dist.destroy_process_group()
+
+
+def test_every_step_from_pool_to_picture(cache: Path) -> None:
+    vae.train(ONE_STEP, 4, 1e-3, vae.CHECKPOINT, 0)
+    latents.encode_pool()
+    latents.write_scale()
+    encoded = np.load(cache / "latents" / "train-0000-128x128" / "target.npy")
+    assert encoded.shape == (2 * PICTURES, 16, 16, 16)
+    text.build_tokenizers(train.TOKENIZERS)
+    minutes = ONE_STEP
+    for step in (1, 2):
+        train.train(minutes, 2, 1e-3, None, train.CHECKPOINT, 0)
+        state = torch.load(train.CHECKPOINT, weights_only=True)
+        assert state["step"] == step
+        minutes = state["elapsed"] / 60 + ONE_STEP
+    folder = cache / "exported"
+    export.export(folder)
+    assert max(path.stat().st_size for path in folder.rglob("*")) < 9.5e6
+    assert sum(path.stat().st_size for path in folder.rglob("*")) < 25e6
+    pipeline = USOPipeline.from_pretrained(folder, dtype=torch.float32)
+    assert pipeline.vae.config.scaling_factor == pytest.approx(
+        json.loads((cache / "latents" / "scale.json").read_text())["scaling_factor"]
+    )
+    average = loop.averaged_weights(train.CHECKPOINT)
+    trained = average["transformer.proj_out.weight"]
+    assert trained.abs().max() > 0  # it started at zero
+    torch.testing.assert_close(pipeline.transformer.proj_out.weight, trained, atol=1e-4, rtol=1e-3)
+    picture = Image.new("RGB", (64, 64), "red")
+    drawn = pipeline(
+        "a cat", content_image=picture, style_images=picture, height=512, width=512, num_inference_steps=1
+    )
+    assert drawn.images[0].size == (512, 512)
+
+    # a new run goes on from the export
+    train.CHECKPOINT.unlink()
+    train.train(ONE_STEP, 2, 1e-9, folder, train.CHECKPOINT, 0)
+    again = loop.averaged_weights(train.CHECKPOINT)["transformer.proj_out.weight"]
+    torch.testing.assert_close(again, trained, atol=1e-4, rtol=1e-3)
+
+
+def test_training_calls_the_model_as_the_pipeline_does(cache: Path) -> None:
+    """The same weights and inputs give the same velocity through `Nano` and through `USOPipeline`."""
+    text.build_tokenizers(train.TOKENIZERS)
+    pipeline = export.build_pipeline()
+    nano = train.Nano(train.TOKENIZERS)
+    for parameter in pipeline.transformer.parameters():  # no zeros: every path must count
+        torch.nn.init.normal_(parameter, std=0.05)
+    nano.transformer.load_state_dict(pipeline.transformer.state_dict())
+    for name, module in nano.conditioning.items():
+        module.load_state_dict(pipeline.components[name].state_dict())
+    content = Image.fromarray(np.random.default_rng(1).integers(0, 256, (512, 384, 3), np.uint8))
+    style = Image.fromarray(np.random.default_rng(2).integers(0, 256, (128, 128, 3), np.uint8))
+    noise = torch.randn(1, 16, 16, 16)
+    drawn = pipeline(
+        "subject 3, halftone",
+        content_image=content,
+        style_images=[style, style],
+        height=768,
+        width=512,
+        num_inference_steps=1,
+        guidance_scale=3.0,
+        latents=train.pack_latents(noise),
+        output_type="latent",
+    ).images
+    velocity = nano(
+        noise,
+        torch.ones(1),
+        torch.full((1,), 3.0),
+        content=pipeline.encode_content(
+            content, content_long_size=512, shape=(512, 768), device=torch.device("cpu")
+        ),
+        style=torch.stack([pipeline.style_pixels(style)] * 2, dim=1),
+        prompts=["subject 3, halftone"],
+    )
+    torch.testing.assert_close(drawn, train.pack_latents(noise) - velocity, atol=1e-4, rtol=1e-4)
+
+
+def test_guidance_slider() -> None:
+    weights = train.guidance_weight(torch.tensor([1.0, 4.0, 5.0]))
+    torch.testing.assert_close(weights, torch.tensor([1.0, 2.8, 3.4]))
+
+
+def test_orthogonalize() -> None:
+    update = loop.orthogonalize(torch.randn(8, 32, generator=torch.Generator().manual_seed(0)))
+    values = torch.linalg.svdvals(update) / (0.2 * 32**0.5)
+    assert values.min() > 0.5
+    assert values.max() < 1.4
