@@ -1,0 +1,65 @@
+"""Write the trained nano as a diffusers folder: `python -m training.export` (to assets/nano).
+
+float16 safetensors in files below 9.5 MB. Needs the tokenizers; a model without a checkpoint is written with
+its random start, so that the program around it can be built and tested first.
+"""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from training.latents import LATENTS
+from training.loop import averaged_weights
+from training.models import MAX_SEQUENCE_LENGTH, NANO, NATIVE_SCALE, NATIVE_SIDE
+from training.train import CHECKPOINT, TOKENIZERS, Nano
+from training.vae import load_vae
+from uso.model.pipeline import USOPipeline
+from uso.model.scheduler import USOFlowMatchEulerScheduler
+
+
+def build_pipeline() -> USOPipeline:
+    """The averaged weights of both checkpoints as a pipeline."""
+    torch.manual_seed(0)
+    vae = load_vae()
+    if (LATENTS / "scale.json").exists():
+        vae.register_to_config(**json.loads((LATENTS / "scale.json").read_text()))
+    nano = Nano(TOKENIZERS)
+    if CHECKPOINT.exists():
+        nano.load_state_dict(averaged_weights(CHECKPOINT), strict=False)  # buffers are not averaged
+    clip, t5 = nano.tokenizers
+    encoders: dict[str, Any] = dict(nano.conditioning.items())
+    return USOPipeline(
+        scheduler=USOFlowMatchEulerScheduler(),
+        vae=vae,
+        tokenizer=clip,
+        tokenizer_2=t5,
+        transformer=nano.transformer,
+        **encoders,
+        native_scale=NATIVE_SCALE,
+        native_side=NATIVE_SIDE,
+        max_sequence_length=MAX_SEQUENCE_LENGTH,
+    )
+
+
+def export(folder: Path) -> None:
+    """Write the pipeline to `folder`, whose files are replaced when all are written."""
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    build_pipeline().to(dtype=torch.float16).save_pretrained(part, max_shard_size="9MB")
+    for source in sorted(part.rglob("*")):
+        if source.is_file():
+            source.chmod(0o644)
+            target = folder / source.relative_to(part)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            source.replace(target)
+    shutil.rmtree(part)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, default=NANO)
+    export(parser.parse_args().folder)

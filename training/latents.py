@@ -1,0 +1,84 @@
+"""Encode the pool with the trained autoencoder: `python -m training.latents`. Skips what is done.
+
+Writes `CACHE/latents/<shard>/<kind>.npy`, float16 `(N, 16, h/8, w/8)` as the encoder gives them: "target" (in
+a look), "content" at CONTENT_LONG_SIDE, as the pipeline encodes it by default, and the first PLAIN_ROWS of it
+at the target's size, "plain". `CACHE/latents/scale.json` has the factors that make them unit normal.
+"""
+
+import argparse
+import json
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from diffusers import AutoencoderKL
+from PIL import Image
+from tqdm import tqdm
+
+from training.data import CACHE
+from training.loop import launch
+from training.pool import POOL
+from training.vae import load_vae
+from uso.images import prepare_content
+
+LATENTS = CACHE / "latents"
+CONTENT_LONG_SIDE = 128
+PLAIN_ROWS = 200
+BATCH = 16
+
+
+def encode_pictures(vae: AutoencoderKL, pictures: np.ndarray) -> np.ndarray:
+    """Latent means of uint8 `(B, H, W, 3)`, float16 `(B, 16, H/8, W/8)`."""
+    pixels = torch.from_numpy(pictures / np.float32(127.5) - 1).permute(0, 3, 1, 2)
+    with torch.inference_mode():
+        mean = vae.encoder(pixels).chunk(2, dim=1)[0]
+    return mean.half().numpy()
+
+
+def encode_shard(vae: AutoencoderKL, name: str) -> None:
+    """Write one shard's latents, whole or not at all."""
+    source, part = POOL / name, LATENTS / f".{name}.part"
+    part.mkdir(parents=True, exist_ok=True)
+    content, target = (np.load(source / f"{kind}.npy", mmap_mode="r") for kind in ("content", "target"))
+    for kind, pictures in (("target", target), ("content", content), ("plain", content[:PLAIN_ROWS])):
+        latents = []
+        for start in range(0, len(pictures), BATCH):
+            batch = pictures[start : start + BATCH]
+            if kind == "content":
+                batch = np.stack(
+                    [np.asarray(prepare_content(Image.fromarray(p), CONTENT_LONG_SIDE)) for p in batch]
+                )
+            latents.append(encode_pictures(vae, batch))
+        np.save(part / f"{kind}.npy", np.concatenate(latents))
+    part.rename(LATENTS / name)
+
+
+def encode_pool() -> None:
+    """One process's share of the shards."""
+    vae = load_vae().to(memory_format=torch.channels_last)
+    names = sorted(path.name for path in POOL.glob("train-*"))
+    for name in tqdm(
+        names[dist.get_rank() :: dist.get_world_size()], disable=dist.get_rank() > 0, unit="shard"
+    ):
+        if not (LATENTS / name).exists():
+            encode_shard(vae, name)
+
+
+def write_scale() -> None:
+    """Write the shift and the scale: a shipped autoencoder's own, else what makes a shard unit normal."""
+    config = load_vae().config
+    scale = {"shift_factor": config.shift_factor, "scaling_factor": config.scaling_factor}
+    if config.scaling_factor == 1:
+        first = min(LATENTS.glob("train-*"))
+        arrays = [np.load(first / f"{kind}.npy").astype(np.float64).ravel() for kind in ("content", "target")]
+        values = np.concatenate(arrays)
+        scale = {"shift_factor": values.mean(), "scaling_factor": 1 / values.std()}
+    (LATENTS / "scale.json").write_text(json.dumps(scale))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--processes", type=int, default=2)
+    arguments = parser.parse_args()
+    launch(encode_pool, processes=arguments.processes, seed=0)
+    write_scale()

@@ -1,0 +1,214 @@
+"""What both trainings share: processes, optimizer, moving average, checkpoints.
+
+On a CPU, processes of one thread each that average their gradients are far faster than one process of many
+threads. The schedule follows the minutes trained, not the steps, so that a run fits its time on any machine.
+"""
+
+import math
+import os
+import random
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+# glibc gives each big tensor's memory back to the kernel and asks again, unless told to keep it.
+ALLOCATOR = {
+    "MALLOC_MMAP_THRESHOLD_": "4000000000",
+    "MALLOC_TRIM_THRESHOLD_": "4000000000",
+    "OMP_NUM_THREADS": "1",
+}
+RENDEZVOUS_PORT = 29400
+
+
+def launch(worker: Callable[..., None], *args: Any, processes: int, seed: int) -> None:
+    """Run `worker(*args)` in `processes` processes of one thread each, joined in one gloo group."""
+    os.environ.update(ALLOCATOR)
+    port = RENDEZVOUS_PORT + os.getpid() % 1000
+    torch.multiprocessing.spawn(_enter, args=(worker, args, processes, port, seed), nprocs=processes)
+
+
+def _enter(
+    rank: int, worker: Callable[..., None], args: tuple[Any, ...], processes: int, port: int, seed: int
+) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=processes)
+    torch.manual_seed(seed)  # the same weights everywhere; each worker draws its data from `data_seed`
+    worker(*args)
+    dist.destroy_process_group()
+
+
+def data_rng(seed: int, step: int) -> np.random.Generator:
+    """A generator for this process's data from `step` on: another one for each process and each resume."""
+    random.seed(seed + step)
+    return np.random.default_rng((seed, step, dist.get_rank()))
+
+
+def average_gradients(parameters: list[nn.Parameter]) -> None:
+    """Average the gradients over all processes, those of unused parameters being zero."""
+    flat = torch.cat(
+        [torch.zeros_like(p).view(-1) if p.grad is None else p.grad.reshape(-1) for p in parameters]
+    )
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for p, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        p.grad = grad.view_as(p)
+
+
+def orthogonalize(update: Tensor) -> Tensor:
+    """The nearest orthogonal matrix to `update` (rows, columns), roughly: five Newton-Schulz steps.
+
+    Keller Jordan, Muon (2024); the factor gives it the root mean square of an AdamW update (Moonshot, 2025).
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = update.T if update.shape[0] > update.shape[1] else update
+    x = x / (x.norm() + 1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    x = x.T if update.shape[0] > update.shape[1] else x
+    return x * (0.2 * math.sqrt(max(update.shape)))
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon for the weight matrices (and kernels) in `matrices`, AdamW for `others`.
+
+    Each process orthogonalizes its share of the matrices and the updates are summed: the work is as large as
+    a small batch's.
+    """
+
+    def __init__(self, matrices: Iterable[nn.Parameter], others: Iterable[nn.Parameter], lr: float) -> None:
+        super().__init__(
+            [{"params": list(matrices), "muon": True}, {"params": list(others), "muon": False}], {"lr": lr}
+        )
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        """One update from gradients that `average_gradients` has made equal in all processes."""
+        for group in self.param_groups:
+            (self._muon if group["muon"] else self._adamw)(group["params"], group["lr"])
+
+    def _muon(self, parameters: list[nn.Parameter], lr: float, momentum: float = 0.95) -> None:
+        flat = torch.zeros(sum(p.numel() for p in parameters))
+        updates = flat.split([p.numel() for p in parameters])
+        for i, (p, update) in enumerate(zip(parameters, updates, strict=True)):
+            assert p.grad is not None
+            buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
+            buffer.lerp_(p.grad, 1 - momentum)
+            if i % dist.get_world_size() == dist.get_rank():
+                nesterov = p.grad.lerp(buffer, momentum)
+                update.copy_(orthogonalize(nesterov.reshape(len(p), -1)).reshape(-1))
+        dist.all_reduce(flat)
+        for p, update in zip(parameters, updates, strict=True):
+            p.add_(update.view_as(p), alpha=-lr)
+
+    def _adamw(
+        self, parameters: list[nn.Parameter], lr: float, beta1: float = 0.9, beta2: float = 0.98
+    ) -> None:
+        for p in parameters:
+            assert p.grad is not None
+            state = self.state[p]
+            if not state:
+                state.update(step=0, mean=torch.zeros_like(p), square=torch.zeros_like(p))
+            state["step"] += 1
+            state["mean"].lerp_(p.grad, 1 - beta1)
+            state["square"].lerp_(p.grad.square(), 1 - beta2)
+            mean = state["mean"] / (1 - beta1 ** state["step"])
+            p.addcdiv_(mean, (state["square"] / (1 - beta2 ** state["step"])).sqrt_().add_(1e-8), value=-lr)
+
+
+class Run:
+    """Time, learning rate, moving average and checkpoints of one training.
+
+    Args:
+        model: what is trained; every process holds an equal copy.
+        optimizer: over `model`'s parameters.
+        lr: the highest learning rate: reached after `warmup` steps, falling to zero over the last third.
+        minutes: how long to train in all, earlier parts of a resumed run counted.
+        checkpoint: file to save to, and to resume from when it exists.
+        decay: of the moving average.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: MuonAdamW,
+        *,
+        lr: float,
+        minutes: float,
+        checkpoint: Path,
+        decay: float = 0.998,
+        warmup: int = 50,
+        save_every: float = 180.0,
+    ) -> None:
+        self.model, self.optimizer = model, optimizer
+        self.lr, self.seconds, self.checkpoint = lr, minutes * 60, checkpoint
+        self.decay, self.warmup, self.save_every = decay, warmup, save_every
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.average = [p.detach().clone() for p in self.parameters]
+        self.step, self.elapsed, self.clock, self.saved = 0, 0.0, time.monotonic(), time.monotonic()
+        if checkpoint.exists():
+            state = torch.load(checkpoint, weights_only=True)
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            self.average, self.step, self.elapsed = state["average"], state["step"], state["elapsed"]
+
+    @property
+    def progress(self) -> float:
+        """0 at the start, 1 when the minutes are over; the same in all processes."""
+        return min(1.0, self.elapsed / self.seconds)
+
+    def update(self, loss: Tensor) -> None:
+        """Back-propagate, step the optimizer and the average, count the time, save now and then."""
+        loss.backward()
+        average_gradients(self.parameters)
+        rate = self.lr * min(1.0, (self.step + 1) / self.warmup, 3 * (1 - self.progress) + 0.01)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        # A short memory at first, so that early exports are not the random start.
+        with torch.no_grad():
+            decay = min(self.decay, self.step / (self.step + 20))
+            torch._foreach_lerp_(self.average, self.parameters, 1 - decay)
+        now = time.monotonic()
+        spent = torch.tensor(now - self.clock, dtype=torch.float64)
+        dist.broadcast(spent, 0)
+        self.elapsed += spent.item()
+        self.clock = now
+        if dist.get_rank() == 0 and (now - self.saved > self.save_every or self.progress == 1):
+            self.save()
+            self.saved = now
+
+    def save(self) -> None:
+        """Write the checkpoint, whole or not at all."""
+        partial = self.checkpoint.with_suffix(".partial")
+        torch.save(
+            {
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "average": self.average,
+                "average_names": self.average_names(),
+                "step": self.step,
+                "elapsed": self.elapsed,
+            },
+            partial,
+        )
+        partial.replace(self.checkpoint)
+
+    def average_names(self) -> list[str]:
+        """The parameter names of `average`, in its order."""
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        return [names[id(p)] for p in self.parameters]
+
+
+def averaged_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """The moving average of a checkpoint, by parameter name."""
+    state = torch.load(checkpoint, weights_only=True)
+    return dict(zip(state["average_names"], state["average"], strict=True))

@@ -1,0 +1,305 @@
+"""Train the nano transformer with its text and style encoders: `python -m training.train --minutes 75`.
+
+Resumes from its checkpoint; `--init assets/nano` starts a new run from shipped weights. Needs the latents.
+Rectified flow: noise and conditions to the velocity, over a mix of condition kinds. At last the
+model learns its own guided velocity, so that one pass at inference does what two would.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from training.data import CACHE
+from training.latents import LATENTS
+from training.loop import MuonAdamW, Run, data_rng, launch
+from training.models import (
+    MAX_SEQUENCE_LENGTH,
+    NATIVE_SIDE,
+    STYLE_SIZE,
+    build_conditioning,
+    build_transformer,
+)
+from training.pool import PICTURES, POOL
+from training.text import build_tokenizers, load_tokenizers
+from uso.model.geometry import pack_latents, position_ids, reference_position_ids
+from uso.model.pipeline import USOPipeline
+
+CHECKPOINT = CACHE / "nano.pt"
+TOKENIZERS = CACHE / "tokenizers"
+
+# Condition kinds: style pictures, content picture, prompt; and their share of the batches.
+# "look" is the look in words. Without style and look the target is the plain picture.
+KINDS = {
+    "content + style": 0.55,
+    "content + 2 styles": 0.12,
+    "style + text": 0.08,
+    "content + look": 0.11,
+    "content": 0.05,
+    "text": 0.05,
+    "text + look": 0.04,
+}
+DISTILL_FROM = 0.85  # of the run: from here on guidance is learned
+SLIDER = (1.0, 5.0)  # `guidance_scale` as the user gives it
+TEMPLATES = ("{}", "a {}", "a picture of a {}", "{} in this style", "the {}", "a photo of a {}")
+LOOK_TEMPLATES = ("{}", "{} style", "in the style of {}", "make it {}")
+
+
+def guidance_weight(slider: Tensor) -> Tensor:
+    """Classifier-free guidance that a slider value stands for: 1 at 1, 2.8 at the default 4."""
+    return 1 + (slider - 1) * 0.6
+
+
+@dataclass
+class Batch:
+    """Pictures of one size and one kind of conditions.
+
+    `target` and `content`: unit-normal latents `(B, 16, h, w)`; `style`: `(B, S, 3, 128, 128)` in [-1, 1].
+    """
+
+    target: Tensor
+    content: Tensor | None
+    style: Tensor | None
+    prompts: list[str]
+
+
+class Shard:
+    """One shard of the pool with its latents."""
+
+    def __init__(self, name: str, subjects: list[str], scale: dict[str, float]) -> None:
+        self.content, self.target, self.plain = (
+            np.load(LATENTS / name / f"{kind}.npy", mmap_mode="r") for kind in ("content", "target", "plain")
+        )
+        self.pictures = np.load(POOL / name / "target.npy", mmap_mode="r")
+        rows = np.load(POOL / name / "subject.npy")
+        self.subjects = [subjects[row] for row in rows]
+        looks = json.loads((POOL / name / "looks.json").read_text())  # "words": family, then colours
+        self.looks = [look["words"] for look in looks for _ in range(PICTURES)]
+        self.scale = scale
+
+    def latents(self, array: np.ndarray, rows: Sequence[int]) -> Tensor:
+        """Unit-normal latents `(B, 16, h, w)`."""
+        raw = torch.from_numpy(array[rows].astype(np.float32))
+        return (raw - self.scale["shift_factor"]) * self.scale["scaling_factor"]
+
+    def style(self, row: int) -> Tensor:
+        """Target picture `row` as the style encoder sees it, `(3, 128, 128)`."""
+        picture = cv2.resize(self.pictures[row], (STYLE_SIZE, STYLE_SIZE), interpolation=cv2.INTER_AREA)
+        return torch.from_numpy(picture / np.float32(127.5) - 1).permute(2, 0, 1)
+
+    def siblings(self, row: int, rng: np.random.Generator, count: int) -> list[int]:
+        """`count` other pictures in the look of picture `row`."""
+        first = row - row % PICTURES
+        others = [r for r in range(first, first + PICTURES) if self.subjects[r] != self.subjects[row]]
+        return [int(r) for r in rng.choice(others, count, replace=len(others) < count)]
+
+    def targets(self, kind: str) -> np.ndarray:
+        """The latents to be drawn under conditions of one kind."""
+        return self.plain if kind in ("content", "text") else self.target
+
+    def batch(self, kind: str, rows: Sequence[int], rng: np.random.Generator) -> Batch:
+        """The pictures `rows` under conditions of one kind."""
+        styles = 2 if "2 styles" in kind else int("style" in kind)
+        prompts, pictures = [], []
+        for row in rows:
+            subject = TEMPLATES[rng.integers(len(TEMPLATES))].format(self.subjects[row])
+            words = self.looks[row] if rng.random() < 0.75 else self.looks[row].partition(",")[0]
+            look = LOOK_TEMPLATES[rng.integers(len(LOOK_TEMPLATES))].format(words)
+            # Empty prompts and no content at all are needed too: guidance is measured from there.
+            chance = 0.9 if "text" in kind else 0.4 if "look" in kind else 0.3 if styles else 0
+            prompts.append(", ".join([subject] * bool(rng.random() < chance) + [look] * ("look" in kind)))
+            if styles:
+                pictures.append(torch.stack([self.style(r) for r in self.siblings(row, rng, styles)]))
+        return Batch(
+            target=self.latents(self.targets(kind), rows),
+            content=self.latents(self.content, rows) if "content" in kind else None,
+            style=torch.stack(pictures) if styles else None,
+            prompts=prompts,
+        )
+
+
+def load_shards() -> list[Shard]:
+    """The training shards that are encoded, of pictures of NATIVE_SIDE."""
+    subjects = [subject["name"] for subject in json.loads((POOL / "subjects.json").read_text())]
+    scale = json.loads((LATENTS / "scale.json").read_text())
+    return [
+        Shard(path.name, subjects, scale)
+        for path in sorted(LATENTS.glob(f"train-*-{NATIVE_SIDE}x{NATIVE_SIDE}"))
+    ]
+
+
+def draw_batch(shards: list[Shard], rng: np.random.Generator, size: int) -> Batch:
+    """A batch of one shard and one kind."""
+    shard = shards[rng.integers(len(shards))]
+    kind = str(rng.choice(list(KINDS), p=list(KINDS.values())))
+    rows = rng.choice(len(shard.targets(kind)), size, replace=False)
+    return shard.batch(kind, rows.tolist(), rng)
+
+
+class Nano(nn.Module):
+    """Transformer and condition encoders, called as the pipeline calls them, on batches."""
+
+    def __init__(self, tokenizers: Path) -> None:
+        super().__init__()
+        self.tokenizers = load_tokenizers(tokenizers)
+        self.transformer = build_transformer()
+        self.conditioning = build_conditioning(self.tokenizers[0].eos_token_id)
+        for block in [*self.transformer.transformer_blocks, *self.transformer.single_transformer_blocks]:
+            for name, module in block.named_modules():
+                if name.startswith("norm") and isinstance(module, nn.Linear):
+                    nn.init.zeros_(module.weight)  # adaLN-zero: each block starts as the identity
+        nn.init.zeros_(self.transformer.proj_out.weight)
+        self.style_tokens: Tensor | None = None
+        self.transformer.context_embedder.register_forward_hook(self._prepend_style)
+
+    def _prepend_style(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return output if self.style_tokens is None else torch.cat([self.style_tokens, output], dim=1)
+
+    def encode_prompts(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """T5 states `(B, T, D)` and pooled CLIP `(B, P)`; equal prompts are encoded once."""
+        unique = sorted(set(prompts))
+        index = torch.tensor([unique.index(prompt) for prompt in prompts])
+        clip, t5 = self.tokenizers
+        t5_ids = t5(
+            unique, padding="max_length", truncation=True, max_length=MAX_SEQUENCE_LENGTH, return_tensors="pt"
+        ).input_ids
+        # Causal, and read at its end: CLIP needs no padding to 77 here.
+        clip_ids = clip(unique, padding=True, truncation=True, return_tensors="pt").input_ids
+        states = self.conditioning["text_encoder_2"](t5_ids).last_hidden_state
+        pooled = self.conditioning["text_encoder"](clip_ids).pooler_output
+        return states[index], pooled[index]
+
+    def encode_style(self, pictures: Tensor) -> Tensor:
+        """`(B, S, 3, H, W)` pictures to tokens `(B, S * K, hidden)`."""
+        hidden_states = self.conditioning["image_encoder"](
+            pictures.flatten(0, 1), output_hidden_states=True
+        ).hidden_states
+        return (
+            self.conditioning["style_projector"](hidden_states).unflatten(0, pictures.shape[:2]).flatten(1, 2)
+        )
+
+    def forward(
+        self,
+        latents: Tensor,
+        sigma: Tensor,
+        slider: Tensor,
+        *,
+        content: Tensor | None,
+        style: Tensor | None,
+        prompts: list[str],
+    ) -> Tensor:
+        """Velocity `(B, N, 64)` of noisy `latents` `(B, 16, h, w)` at `sigma` `(B,)`."""
+        states, pooled = self.encode_prompts(prompts)
+        self.style_tokens = None if style is None else self.encode_style(style)
+        tokens = pack_latents(latents)
+        length, grid = tokens.shape[1], (latents.shape[2] // 2, latents.shape[3] // 2)
+        ids = [position_ids(*grid)]
+        if content is not None:
+            tokens = torch.cat([tokens, pack_latents(content)], dim=1)
+            ids += reference_position_ids(grid, [(content.shape[2] // 2, content.shape[3] // 2)])
+        text_length = states.shape[1] + (0 if self.style_tokens is None else self.style_tokens.shape[1])
+        return self.transformer(
+            hidden_states=tokens,
+            timestep=sigma,
+            guidance=slider,
+            pooled_projections=pooled,
+            encoder_hidden_states=states,
+            txt_ids=torch.zeros(text_length, 3),
+            img_ids=torch.cat(ids),
+            return_dict=False,
+        )[0][:, :length]
+
+    def load_exported(self, folder: Path) -> None:
+        """Take the weights of an exported pipeline."""
+        pipeline = USOPipeline.from_pretrained(folder, dtype=torch.float32)
+        self.transformer.load_state_dict(pipeline.transformer.state_dict())
+        for name, module in self.conditioning.items():
+            module.load_state_dict(pipeline.components[name].state_dict())
+
+    def optimizer(self, lr: float) -> MuonAdamW:
+        """Muon for the matrices of all blocks, AdamW for embeddings, norms, biases, first and last layers."""
+        matrices: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
+        for name, p in self.named_parameters():
+            inner = (
+                "blocks." in name or ".layers." in name or ".block." in name
+            ) and "relative_attention" not in name
+            (matrices if inner and p.ndim == 2 else others).append(p)
+        return MuonAdamW(matrices, others, lr)
+
+
+@torch.no_grad()
+def guided_velocity(
+    teacher: Nano, noisy: Tensor, sigma: Tensor, slider: Tensor, velocity: Tensor, batch: Batch
+) -> Tensor:
+    """`velocity` pushed from the teacher's prediction without any condition towards its full one.
+
+    Measured from the content alone, guidance keeps the look and loses the subject.
+    """
+    lowest = torch.full_like(slider, SLIDER[0])
+    full = teacher(noisy, sigma, lowest, content=batch.content, style=batch.style, prompts=batch.prompts)
+    empty = teacher(noisy, sigma, lowest, content=None, style=None, prompts=[""] * len(noisy))
+    return velocity + (guidance_weight(slider) - 1)[:, None, None] * (full - empty)
+
+
+def loss_of(model: Nano, batch: Batch, teacher: Nano | None) -> Tensor:
+    """Mean squared error of the velocity at random noise levels; with a teacher, of the guided velocity."""
+    clean, noise = batch.target, torch.randn_like(batch.target)
+    # Logit-normal, well above the middle: near 1 the conditions alone decide what the picture becomes.
+    sigma = torch.sigmoid(1.3 * torch.randn(len(clean)) + 1.2)
+    noisy = torch.lerp(clean, noise, sigma[:, None, None, None])
+    velocity = pack_latents(noise - clean)
+    slider = torch.empty(len(clean)).uniform_(*SLIDER)
+    if teacher is not None:
+        velocity = guided_velocity(teacher, noisy, sigma, slider, velocity, batch)
+    output = model(noisy, sigma, slider, content=batch.content, style=batch.style, prompts=batch.prompts)
+    return F.mse_loss(output, velocity)
+
+
+def train(minutes: float, size: int, lr: float, init: Path | None, checkpoint: Path, seed: int) -> None:
+    """One process's work."""
+    folder = init or TOKENIZERS
+    model, teacher = Nano(folder), Nano(folder).requires_grad_(False)
+    if init:
+        model.load_exported(init)
+    run = Run(model, model.optimizer(lr), lr=lr, minutes=minutes, checkpoint=checkpoint)
+    rng = data_rng(seed, run.step)
+    torch.manual_seed(int(rng.integers(2**31)))
+    names = run.average_names()
+    smooth: float | None = None
+    bar = tqdm(total=100, disable=dist.get_rank() > 0, mininterval=10)
+    shards = load_shards()
+    while run.progress < 1:
+        batch = draw_batch(shards, rng, size)
+        guided = run.progress > DISTILL_FROM or init is not None
+        if guided:
+            teacher.load_state_dict(dict(zip(names, run.average, strict=True)), strict=False)
+        loss = loss_of(model, batch, teacher if guided else None)
+        run.update(loss)
+        smooth = loss.item() if smooth is None else 0.99 * smooth + 0.01 * loss.item()
+        bar.n = round(100 * run.progress)
+        bar.set_postfix_str(f"step {run.step} loss {smooth:.4f}", refresh=False)
+        bar.update(0)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=75)
+    parser.add_argument("--batch", type=int, default=12, help="pictures a process and step")
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--init", type=Path, help="diffusers folder to start from, such as assets/nano")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    a = parser.parse_args()
+    if not TOKENIZERS.exists():
+        build_tokenizers(TOKENIZERS)
+    launch(train, a.minutes, a.batch, a.lr, a.init, CHECKPOINT, a.seed, processes=a.processes, seed=a.seed)
