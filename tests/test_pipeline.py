@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FirstBlockCacheConfig
-from PIL import Image, ImageChops
+from PIL import Image
 from torch import Tensor
 
 from tests.parity import GOLDENS, load, picture
@@ -332,9 +332,11 @@ def test_native_side_draws_a_square_and_cuts_the_shape_from_it(pipe: USOPipeline
     grid = torch.arange(8 * 8).view(1, 8, 8)
     assert torch.equal(pipe.cut(grid, width=256, height=128), grid[:, 2:6])
     assert torch.equal(pipe.cut(grid, width=128, height=256), grid[:, :, 2:6])
-    red = Image.new("RGB", (100, 100), "red")
-    fitted = fit_into_square(red, shape=(256, 128), side=64)
-    assert ImageChops.invert(fitted.getchannel("G")).getbbox() == (16, 16, 48, 48)  # whole, within 64x32
+    framed = Image.new("RGB", (100, 100), "red")
+    framed.paste("blue", (10, 10, 90, 90))
+    fitted = fit_into_square(framed, shape=(256, 128), side=64)  # whole, within 64x32, so 32x32
+    assert fitted.getchannel("B").point(lambda value: 255 * (value > 127)).getbbox() == (19, 19, 45, 45)
+    assert {fitted.getpixel(corner) for corner in ((0, 0), (63, 0), (0, 63), (63, 63))} == {(255, 0, 0)}
 
 
 def test_sizes_absent_or_half_given(pipe: USOPipeline) -> None:

@@ -161,15 +161,25 @@ def _through_profile(image: Image.Image, icc: bytes) -> Image.Image:
 
 
 def fit_into_square(image: Image.Image, *, shape: tuple[int, int], side: int) -> Image.Image:
-    """The whole picture in the middle of a white square of `side` pixels, within the part of it that has the
-    proportions of `shape` (width, height). For a model that draws squares alone."""
+    """The whole picture in the middle of a square of `side` pixels, within the part of it that has the
+    proportions of `shape` (width, height); its edges fill the rest. For a model that draws squares alone."""
     longest = max(shape)
     scale = side / longest * min(shape[0] / image.width, shape[1] / image.height)
     fitted = image.resize(
         (max(round(image.width * scale), 1), max(round(image.height * scale), 1)), Image.Resampling.LANCZOS
     )
-    square = Image.new("RGB", (side, side), "white")
-    square.paste(fitted, ((side - fitted.width) // 2, (side - fitted.height) // 2))
+    left, top = (side - fitted.width) // 2, (side - fitted.height) // 2
+    right, bottom = left + fitted.width, top + fitted.height
+    square = Image.new("RGB", (side, side))
+    square.paste(fitted, (left, top))
+    for edge, bar in (  # rows first, then columns over the whole height
+        ((left, top, right, top + 1), (left, 0, right, top)),
+        ((left, bottom - 1, right, bottom), (left, bottom, right, side)),
+        ((left, 0, left + 1, side), (0, 0, left, side)),
+        ((right - 1, 0, right, side), (right, 0, side, side)),
+    ):
+        if bar[0] < bar[2] and bar[1] < bar[3]:
+            square.paste(square.crop(edge).resize((bar[2] - bar[0], bar[3] - bar[1])), bar)
     return square
 
 
