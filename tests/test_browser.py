@@ -108,9 +108,12 @@ def upload(page: Page, slot: str, path: Path) -> None:
 
 def set_number(page: Page, field: str, value: int) -> None:
     box = page.locator(f"#{field} input[type=number]")
+    expect(box).not_to_have_value("")  # an accordion's contents are made when it opens
+    page.wait_for_timeout(300)
     box.fill(str(value))
     box.blur()
-    page.wait_for_timeout(200)  # no hand is faster; Gradio takes a moment to note the value
+    page.wait_for_timeout(700)  # Gradio takes a moment to note the value
+    expect(box).to_have_value(str(value))
 
 
 def ask_for_a_long_one(page: Page) -> None:
@@ -149,8 +152,8 @@ def test_the_whole_first_use(visit: Callable[..., Page], width: int, tmp_path: P
     page.fill("#prompt textarea", "a fox")
     page.get_by_role("button", name="Details").click()
     set_number(page, "num_steps", 10)
-    page.get_by_role("button", name="Details").click()
     page.click("#generate")
+    page.get_by_role("button", name="Details").click()
     says(page, "Done in")
     expect(page.locator("#about")).to_contain_text("about", timeout=WAIT)
     page.screenshot(path=shots / f"page-{width}.png", full_page=width < 640)
