@@ -13,7 +13,7 @@ from uso import load_pipeline  # noqa: E402
 from uso.images import open_image  # noqa: E402
 
 SUBJECTS = ("fox", "sailboat")
-STYLES = ("halftone", "neon", "oil", "stained-glass")
+STYLES = ("pop-art", "blueprint", "gradient-map", "halftone", "delft-tile")
 CELL = 256
 GAP = 8
 

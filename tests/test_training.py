@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
-from training import export, latents, loop, text, train, vae
+from training import export, latents, loop, style, text, train, vae
 from training.pool import PICTURES
 from uso.model.pipeline import USOPipeline
 
@@ -19,7 +19,7 @@ ONE_STEP = 1e-9  # minutes: over when the first step is done
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A pool of one shard of two looks, and a group of this process alone."""
-    for module in (vae, latents, text, train, export):
+    for module in (vae, latents, text, style, train, export):
         for name, path in (
             ("POOL", "pool"),
             ("LATENTS", "latents"),
@@ -32,6 +32,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             monkeypatch.setattr(module, name, tmp_path / path, raising=False)
     for module in (train, export):
         monkeypatch.setattr(module, "CHECKPOINT", tmp_path / "nano.pt")
+    monkeypatch.setattr(style, "CHECKPOINT", tmp_path / "style.pt")
+    monkeypatch.setattr(train, "STYLE_CHECKPOINT", tmp_path / "style.pt")
     shard = tmp_path / "pool" / "train-0000-128x128"
     shard.mkdir(parents=True)
     pictures = np.random.default_rng(0).integers(0, 256, (2, 2 * PICTURES, 128, 128, 3), np.uint8)
@@ -121,6 +123,42 @@ def test_training_calls_the_model_as_the_pipeline_does(cache: Path) -> None:
         prompts=["subject 3, halftone"],
     )
     torch.testing.assert_close(drawn, train.pack_latents(noise) - velocity, atol=1e-4, rtol=1e-4)
+
+
+def test_a_mix_of_looks_is_learned_as_the_mean_of_both(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vae.train(ONE_STEP, 4, 1e-3, vae.CHECKPOINT, 0)
+    latents.encode_pool()
+    latents.write_scale()
+    text.build_tokenizers(train.TOKENIZERS)
+    monkeypatch.setattr(train, "MIXED", 1.0)
+    teacher = train.Nano(train.TOKENIZERS)
+    for parameter in teacher.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    batch = train.draw_batch(train.load_shards(), np.random.default_rng(0), 2, guided=True)
+    assert batch.mixed
+    assert batch.style is not None
+    noisy, sigma, slider = torch.randn(2, 16, 16, 16), torch.full((2,), 0.9), torch.ones(2)
+    with torch.no_grad():
+        first, second = (
+            teacher(noisy, sigma, slider, content=batch.content, style=style, prompts=batch.prompts)
+            for style in batch.style.split(1, dim=1)
+        )
+    assert not torch.allclose(first, second)
+    learned = train.guided_velocity(teacher, noisy, sigma, slider, torch.zeros(2, 64, 64), batch)
+    torch.testing.assert_close(learned, (first + second) / 2)
+
+
+def test_style_path_is_trained_first_and_taken_over(cache: Path) -> None:
+    style.train(ONE_STEP, 2, 1e-3, style.CHECKPOINT, 0)
+    trained = style.load_style_path(style.CHECKPOINT)
+    text.build_tokenizers(train.TOKENIZERS)
+    nano = train.Nano(train.TOKENIZERS)
+    taken = nano.load_state_dict(trained, strict=False)
+    assert not taken.unexpected_keys
+    assert {name.split(".")[1] for name in trained} == {"image_encoder", "style_projector"}
+    assert not [
+        name for name in taken.missing_keys if name in dict(nano.named_parameters()) and "style" in name
+    ]
 
 
 def test_guidance_slider() -> None:

@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 import pytest
 
-from training import data, looks, pool
+from training import data, evaluate, judges, looks, painterly, pool
 
 
 def drawing(size: int = 128) -> np.ndarray:
@@ -75,11 +75,17 @@ def test_icons_are_mapped_by_codepoint_then_name_then_alias() -> None:
     assert data.subject_words({"first": first})["1f34e"] == "red apple"
 
 
-def test_held_out_subjects_do_not_move() -> None:
-    names = [f"subject {i}" for i in range(1000)]
-    assert sum(map(data.held_out, names)) == 107
-    assert data.held_out("temple photo")
+def test_held_out_lists() -> None:
+    """They are fixed: scores of one day stay comparable with another day's."""
+    counts = {kind: len(names) for kind, names in data.HELD_OUT.items()}
+    assert counts["subjects"] == 160
+    assert counts["looks"] >= 120
+    assert data.HELD_OUT["photographs"] == ["coffee cup photo", "temple photo"]
+    assert set(looks.HELD_OUT_FAMILIES) == set(data.HELD_OUT["families"]) < set(looks.FAMILIES)
+    assert set(data.HELD_OUT["paintings"]) < set(painterly.MANNERS)
+    assert all(map(data.held_out, data.HELD_OUT["subjects"] + data.HELD_OUT["photographs"]))
     assert not data.held_out("cat photo")
+    assert len({pool.SEED, judges.SEED, evaluate.SEED}) == 3
 
 
 @pytest.mark.parametrize("family", sorted(looks.FAMILIES))
@@ -104,7 +110,6 @@ def test_looks_are_drawn_from_the_generator_alone() -> None:
     assert np.array_equal(first.palette, again.palette)
     assert not np.array_equal(first.palette, other.palette)
     assert first.words.startswith(first.family)
-    assert set(looks.HELD_OUT_FAMILIES) < set(looks.FAMILIES)
 
 
 @pytest.mark.parametrize(("rgb", "name"), [((1, 0.98, 0.98), "white"), ((0.1, 0.3, 0.85), "blue")])
@@ -112,19 +117,22 @@ def test_colours_have_names(rgb: tuple[float, ...], name: str) -> None:
     assert looks.colour_name(np.array(rgb)) == name
 
 
-def test_a_shard_holds_aligned_pairs_and_is_made_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    names = [f"subject {i}" for i in range(60)]
+@pytest.fixture
+def subjects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A cache of one drawing for each of some subjects, seen and held out, and of two photographs."""
+    names = [f"subject {i}" for i in range(40)] + data.HELD_OUT["subjects"][:20]
     encoded = cv2.imencode(".png", cv2.cvtColor(drawing(256), cv2.COLOR_RGBA2BGRA))[1].tobytes()
     (tmp_path / "pictures.bin").write_bytes(encoded)
     (tmp_path / "pictures.json").write_text(json.dumps([[name, "set", 0, len(encoded)] for name in names]))
     monkeypatch.setattr(pool, "POOL", tmp_path)
     monkeypatch.setattr(pool, "Pictures", lambda: data.Pictures(tmp_path))
     photo = np.random.default_rng(0).integers(0, 255, (90, 120, 3), np.uint8)
-    monkeypatch.setattr(pool, "photos", lambda: {"cat photo": photo})
+    monkeypatch.setattr(pool, "photos", lambda: {"cat photo": photo, "temple photo": photo})
+    return [*names, "cat photo", "temple photo"]
 
-    job = ("train", 4, 48, 64, 2, [*names, "cat photo"])
+
+def test_a_shard_holds_aligned_pairs_and_is_made_once(tmp_path: Path, subjects: list[str]) -> None:
+    job = ("train", 4, 48, 64, 2, subjects)
     assert pool.make_shard(job) == 2
     folder = tmp_path / "train-0004-48x64"
     content, target = np.load(folder / "content.npy"), np.load(folder / "target.npy")
@@ -133,14 +141,72 @@ def test_a_shard_holds_aligned_pairs_and_is_made_once(
     records = json.loads((folder / "looks.json").read_text())
     look = np.load(folder / "look.npy")
     assert look.tolist() == [record["id"] for record in records for _ in range(pool.PICTURES)]
-    assert not {record["family"] for record in records} & set(looks.HELD_OUT_FAMILIES)
-    subjects = np.load(folder / "subject.npy").reshape(2, pool.PICTURES)
-    assert all(len(set(row)) == pool.PICTURES for row in subjects.tolist())
-    assert not any(data.held_out(job[5][i]) for i in subjects.ravel())
+    rows = np.load(folder / "subject.npy").reshape(2, pool.PICTURES)
+    assert all(len(set(row)) == pool.PICTURES for row in rows.tolist())
 
     before = (folder / "target.npy").stat().st_mtime_ns
     pool.make_shard(job)
     assert (folder / "target.npy").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(("split", "unseen"), [("train", False), ("looks", True), ("families", True)])
+def test_the_pool_never_trains_on_what_is_held_out(
+    tmp_path: Path, subjects: list[str], split: str, unseen: bool
+) -> None:
+    pool.make_shard((split, 0, 32, 32, 6, subjects))
+    folder = tmp_path / f"{split}-0000-32x32"
+    rows = np.load(folder / "subject.npy")
+    assert {data.held_out(subjects[row]) for row in rows} == {unseen}
+    families = {record["family"] for record in json.loads((folder / "looks.json").read_text())}
+    assert all((family in looks.HELD_OUT_FAMILIES) == (split == "families") for family in families)
+
+
+def test_a_held_out_look_is_drawn_again(subjects: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    contents = pool.Contents(subjects, unseen=False)
+    first = looks.draw_look(np.random.default_rng(7), "poster")
+    monkeypatch.setitem(data.HELD_OUT, "looks", [first.name])
+    _, words, _ = pool.draw_set(np.random.default_rng(7), contents, "poster", 32, 32)
+    assert words != first.words
+
+
+def test_the_evaluated_looks_are_not_in_the_pool() -> None:
+    evaluated = set(data.HELD_OUT["looks"])
+    families = [family for family in looks.FAMILIES if family not in looks.HELD_OUT_FAMILIES]
+    for number in range(20):
+        for i in range(0, 200, 10):
+            rng = np.random.default_rng((pool.SEED, pool.STREAMS["train"], number, i))
+            look = looks.draw_look(rng, families[(number * 7 + i) % len(families)])
+            assert look.name not in evaluated
+
+
+def test_paintings(tmp_path: Path, subjects: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(painterly, "SIDE", 32)
+    painterly.make_shard(("train", painterly.FIRST_SHARD, 1, subjects))
+    folder = tmp_path / "train-5000-32x32"
+    target = np.load(folder / "target.npy")
+    assert target.shape == (pool.PICTURES, 32, 32, 3)
+    assert all(map(pool.contrast, target))
+    (record,) = json.loads((folder / "looks.json").read_text())
+    assert record["family"].removeprefix("painting: ") in painterly.MANNERS
+    assert " painting, " in record["words"]
+
+
+@pytest.mark.parametrize("unseen", [False, True])
+def test_painting_manners_are_held_out(unseen: bool) -> None:
+    rng = np.random.default_rng(0)
+    used = {
+        painterly.MANNERS[i] for _ in range(200) for i in painterly.draw_painting(rng, unseen=unseen).weights
+    }
+    held_out = set(data.HELD_OUT["paintings"])
+    assert used == (held_out if unseen else set(painterly.MANNERS) - held_out - painterly.SUBJECT_LOST)
+
+
+def test_hues_turn_around_grey() -> None:
+    picture = np.array([[[128, 128, 128], [200, 60, 50]]], np.uint8)
+    turned = painterly.turn_hues(picture, 180)
+    np.testing.assert_allclose(turned[0, 0], 128, atol=1)
+    assert turned[0, 1, 0] < turned[0, 1, 2]
+    np.testing.assert_allclose(painterly.turn_hues(picture, 360), picture, atol=1)
 
 
 def test_placing_keeps_the_picture_and_clears_the_rest() -> None:

@@ -17,6 +17,8 @@ from typing import Any
 import cv2
 import numpy as np
 
+from training.data import HELD_OUT
+
 Array = np.ndarray
 
 COLOUR_NAMES = {
@@ -45,6 +47,11 @@ class Look:
     palette: Array
     dark: bool
     words: str
+
+    @property
+    def name(self) -> str:
+        """What tells this look from all others."""
+        return f"{self.family} {self.seed}"
 
 
 # ---------------------------------------------------------------- colours
@@ -324,7 +331,7 @@ class Family:
 
 
 FAMILIES: dict[str, Family] = {}
-HELD_OUT_FAMILIES = ("stained glass", "risograph", "perler beads", "chalkboard", "woodcut")
+HELD_OUT_FAMILIES = tuple(HELD_OUT["families"])
 
 
 def family(

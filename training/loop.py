@@ -24,6 +24,7 @@ ALLOCATOR = {
     "OMP_NUM_THREADS": "1",
 }
 RENDEZVOUS_PORT = 29400
+GRADIENT_NORM = 1.0  # at most: one batch in some thousand has a loss a hundred times the others'
 
 
 def launch(worker: Callable[..., None], *args: Any, processes: int, seed: int) -> None:
@@ -167,6 +168,7 @@ class Run:
         """Back-propagate, step the optimizer and the average, count the time, save now and then."""
         loss.backward()
         average_gradients(self.parameters)
+        nn.utils.clip_grad_norm_(self.parameters, GRADIENT_NORM)
         rate = self.lr * min(1.0, (self.step + 1) / self.warmup, 3 * (1 - self.progress) + 0.01)
         for group in self.optimizer.param_groups:
             group["lr"] = rate

@@ -24,6 +24,7 @@ MAX_SEQUENCE_LENGTH = 24
 VOCABULARY = 1500
 TEXT_WIDTH = 128
 STYLE_SIZE = 128
+STYLE_WIDTH = 192
 
 
 def build_vae() -> AutoencoderKL:
@@ -88,17 +89,17 @@ def build_conditioning(eos_token_id: int) -> nn.ModuleDict:
         dropout_rate=0.0,
     )
     siglip = SiglipVisionConfig(
-        hidden_size=128,
-        intermediate_size=384,
+        hidden_size=STYLE_WIDTH,
+        intermediate_size=3 * STYLE_WIDTH,
         num_hidden_layers=4,
-        num_attention_heads=2,
+        num_attention_heads=3,
         image_size=STYLE_SIZE,
         patch_size=16,
         vision_use_head=False,
     )
     projector = StyleProjector(
         hidden_size=192,
-        siglip_width=128,
+        siglip_width=STYLE_WIDTH,
         siglip_tokens=(STYLE_SIZE // 16) ** 2,
         tokens_per_level=8,
         levels=(-1, -3, -5),

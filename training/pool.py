@@ -10,24 +10,31 @@
 
 and `CACHE/pool/subjects.json`: [{"name", "held_out"}, ...]. A folder appears when it is complete. Splits:
 "train"; "looks" (subjects and looks not in train, families in train), "families" (subjects and families not
-in train).
+in train); "paintings" (subjects and paintings not in train, by `training.painterly`).
 """
 
 import argparse
 import json
 import multiprocessing
 from collections import defaultdict
-from typing import Any
+from collections.abc import Callable
+from functools import partial
 
 import cv2
 import numpy as np
 from tqdm import tqdm
 
-from training.data import CACHE, TEXTURE_PHOTOS, Pictures, held_out, photos
+from training.data import CACHE, HELD_OUT, TEXTURE_PHOTOS, Pictures, held_out, photos
 from training.looks import FAMILIES, HELD_OUT_FAMILIES, apply, draw_look, luma, plain
 
 POOL = CACHE / "pool"
 SEED = 20_261
+STREAMS = {
+    "train": 0,
+    "looks": 1,
+    "families": 2,
+    "paintings": 3,
+}  # of random numbers: no look is in two splits
 PICTURES = 8  # a look
 PHOTO_SHARE = 0.12
 BLANK = 9.0  # least standard deviation of lightness, in levels, of a picture that is not near-blank
@@ -52,16 +59,18 @@ class Contents:
         self.names = sorted(self.drawings)
 
     def draw(self, rng: np.random.Generator, height: int, width: int) -> tuple[int, np.ndarray]:
-        """Row of the subject and uint8 (height, width, 4)."""
-        if rng.random() < PHOTO_SHARE:
-            name = self.subject_photos[rng.integers(len(self.subject_photos))]
+        """Row of a random subject and uint8 (height, width, 4)."""
+        names = self.subject_photos if rng.random() < PHOTO_SHARE else self.names
+        name = names[rng.integers(len(names))]
+        return self.rows[name], self.draw_subject(rng, name, height, width)
+
+    def draw_subject(self, rng: np.random.Generator, name: str, height: int, width: int) -> np.ndarray:
+        """One of the subject's drawings, or a crop of its photograph, uint8 (height, width, 4)."""
+        if name in self.photos:
             crop = random_crop(rng, self.photos[name], height, width)
-            return self.rows[name], np.dstack([crop, np.full((height, width), 255, np.uint8)])
-        name = self.names[rng.integers(len(self.names))]
-        choice = self.drawings[name]
-        return self.rows[name], place(
-            rng, self.pictures.rgba(choice[rng.integers(len(choice))]), height, width
-        )
+            return np.dstack([crop, np.full((height, width), 255, np.uint8)])
+        drawings = self.drawings[name]
+        return place(rng, self.pictures.rgba(drawings[rng.integers(len(drawings))]), height, width)
 
     def ground(self, rng: np.random.Generator, rgba: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The plain picture on some ground, and the picture as a look shall draw it.
@@ -105,10 +114,12 @@ class Contents:
         return content, np.dstack([content, np.full((height, width), 255, np.uint8)]) if busy else rgba
 
 
-def random_crop(rng: np.random.Generator, photo: np.ndarray, height: int, width: int) -> np.ndarray:
-    """A crop of between a third and all of the photograph, maybe mirrored, uint8 (height, width, 3)."""
+def random_crop(
+    rng: np.random.Generator, photo: np.ndarray, height: int, width: int, *, least: float = 0.35
+) -> np.ndarray:
+    """A crop of between `least` and all of the photograph, maybe mirrored, uint8 (height, width, 3)."""
     most = min(photo.shape[0] / height, photo.shape[1] / width)
-    scale = most * rng.uniform(0.35, 1.0)
+    scale = most * rng.uniform(least, 1.0)
     high, wide = int(height * scale), int(width * scale)
     top, left = rng.integers(photo.shape[0] - high + 1), rng.integers(photo.shape[1] - wide + 1)
     method = cv2.INTER_AREA if scale > 1 else cv2.INTER_LINEAR
@@ -146,53 +157,66 @@ def contrast(picture: np.ndarray) -> float:
     return float(luma(picture.astype(np.float32)).std())
 
 
-def draw_set(
-    rng: np.random.Generator, contents: Contents, family: str, height: int, width: int
-) -> tuple[Any, ...] | None:
-    """A look and PICTURES of (content, target, subject row), all of other subjects; None if near-blank."""
-    look = draw_look(rng, family)
+Rows = list[tuple[np.ndarray, np.ndarray, int]]
+
+
+def draw_rows(
+    rng: np.random.Generator, contents: Contents, draw: Callable[..., np.ndarray], height: int, width: int
+) -> Rows | None:
+    """PICTURES of (content, target, subject row), all of other subjects; None if near-blank.
+
+    `draw(rgba, seed=...)` draws a uint8 (H, W, 4) picture in the look.
+    """
     rows: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     misses = 0
     while len(rows) < PICTURES:
         row, rgba = contents.draw(rng, height, width)
         content, seen = contents.ground(rng, rgba)
-        target = apply(look, seen, seed=int(rng.integers(2**31)))
+        target = draw(seen, seed=int(rng.integers(2**31)))
         if contrast(content) < BLANK or contrast(target) < BLANK:
             misses += 1
             if misses > PICTURES:
                 return None
         elif row not in rows:
             rows[row] = content, target
-    return look, [(content, target, row) for row, (content, target) in rows.items()]
+    return [(content, target, row) for row, (content, target) in rows.items()]
 
 
-def make_shard(job: tuple[str, int, int, int, int, list[str]]) -> int:
-    """Draw one shard unless it exists; the number of its looks."""
-    split, number, height, width, count, names = job
+def draw_set(
+    rng: np.random.Generator, contents: Contents, family: str, height: int, width: int
+) -> tuple[str, str, Rows]:
+    """A look's family, its words, and its rows."""
+    while True:
+        look = draw_look(rng, family)
+        rows = draw_rows(rng, contents, partial(apply, look), height, width)
+        if rows is not None and look.name not in HELD_OUT["looks"]:
+            return look.family, look.words, rows
+
+
+def write_shard(
+    split: str,
+    number: int,
+    height: int,
+    width: int,
+    count: int,
+    draw: Callable[[int, np.random.Generator], tuple[str, str, Rows]],
+) -> None:
+    """Write a shard of `count` looks unless it exists; `draw` gives family, words and rows of look i."""
     folder = POOL / f"{split}-{number:04d}-{height}x{width}"
     if folder.exists():
-        return count
-    cv2.setNumThreads(1)
+        return
     part = folder.with_name(f".{folder.name}.part")
     part.mkdir(parents=True, exist_ok=True)
-    families = [name for name in FAMILIES if (name in HELD_OUT_FAMILIES) == (split == "families")]
-    contents = Contents(names, unseen=split != "train")
     shape = (count * PICTURES, height, width, 3)
     arrays = [
         np.lib.format.open_memmap(part / name, "w+", np.uint8, shape)
         for name in ("content.npy", "target.npy")
     ]
     look_ids, subject_rows, records = [], [], []
-    # splits draw from other streams, so that no look of one is in another
-    stream = {"train": 0, "looks": 1, "families": 2}[split]
     for i in range(count):
-        rng = np.random.default_rng((SEED, stream, number, i))
-        drawn = None
-        while drawn is None:
-            drawn = draw_set(rng, contents, families[(number * 7 + i) % len(families)], height, width)
-        look, rows = drawn
-        identity = stream * 100_000_000 + number * 1000 + i
-        records.append({"id": identity, "family": look.family, "words": look.words})
+        family, words, rows = draw(i, np.random.default_rng((SEED, STREAMS[split], number, i)))
+        identity = STREAMS[split] * 100_000_000 + number * 1000 + i
+        records.append({"id": identity, "family": family, "words": words})
         for j, (content, target, row) in enumerate(rows):
             arrays[0][i * PICTURES + j], arrays[1][i * PICTURES + j] = content, target
             look_ids.append(identity)
@@ -201,7 +225,29 @@ def make_shard(job: tuple[str, int, int, int, int, list[str]]) -> int:
     np.save(part / "subject.npy", np.array(subject_rows))
     (part / "looks.json").write_text(json.dumps(records))
     part.rename(folder)
+
+
+def make_shard(job: tuple[str, int, int, int, int, list[str]]) -> int:
+    """Draw one shard of parametric looks unless it exists; the number of its looks."""
+    split, number, height, width, count, names = job
+    cv2.setNumThreads(1)
+    families = [name for name in FAMILIES if (name in HELD_OUT_FAMILIES) == (split == "families")]
+    contents = Contents(names, unseen=split != "train")
+
+    def draw(i: int, rng: np.random.Generator) -> tuple[str, str, Rows]:
+        return draw_set(rng, contents, families[(number * 7 + i) % len(families)], height, width)
+
+    write_shard(split, number, height, width, count, draw)
     return count
+
+
+def write_subjects() -> list[str]:
+    """Write `subjects.json`; the subjects' names, by row."""
+    POOL.mkdir(parents=True, exist_ok=True)
+    names = sorted(set(Pictures().subjects) | set(photos()) - TEXTURE_PHOTOS)
+    subjects = [{"name": name, "held_out": held_out(name)} for name in names]
+    (POOL / "subjects.json").write_text(json.dumps(subjects))
+    return names
 
 
 def main() -> None:
@@ -211,10 +257,7 @@ def main() -> None:
     parser.add_argument("--looks", type=int, default=4000, help="looks to train on (default 4000)")
     parser.add_argument("--processes", type=int, default=2, help="worker processes (default 2)")
     args = parser.parse_args()
-    POOL.mkdir(parents=True, exist_ok=True)
-    names = sorted(set(Pictures().subjects) | set(photos()) - TEXTURE_PHOTOS)
-    subjects = [{"name": name, "held_out": held_out(name)} for name in names]
-    (POOL / "subjects.json").write_text(json.dumps(subjects))
+    names = write_subjects()
     jobs: list[tuple[str, int, int, int, int, list[str]]] = []
     looks = 0
     while looks < args.looks:

@@ -1,8 +1,9 @@
 """Train the nano transformer with its text and style encoders: `python -m training.train --minutes 75`.
 
-Resumes from its checkpoint; `--init assets/nano` starts a new run from shipped weights. Needs the latents.
-Rectified flow: noise and conditions to the velocity, over a mix of condition kinds. At last the
-model learns its own guided velocity, so that one pass at inference does what two would.
+Resumes from its checkpoint; a new run starts from the style path that `training.style` has trained, or, by
+`--init assets/nano`, from shipped weights. Needs the latents. Rectified flow: noise and conditions to the
+velocity, over a mix of condition kinds. At last the model learns its own guided velocity, so that one pass
+at inference does what two would, and to mix two looks.
 """
 
 import argparse
@@ -30,6 +31,8 @@ from training.models import (
     build_transformer,
 )
 from training.pool import PICTURES, POOL
+from training.style import CHECKPOINT as STYLE_CHECKPOINT
+from training.style import load_style_path
 from training.text import build_tokenizers, load_tokenizers
 from uso.model.geometry import pack_latents, position_ids, reference_position_ids
 from uso.model.pipeline import USOPipeline
@@ -40,15 +43,17 @@ TOKENIZERS = CACHE / "tokenizers"
 # Condition kinds: style pictures, content picture, prompt; and their share of the batches.
 # "look" is the look in words. Without style and look the target is the plain picture.
 KINDS = {
-    "content + style": 0.55,
-    "content + 2 styles": 0.12,
-    "style + text": 0.08,
-    "content + look": 0.11,
-    "content": 0.05,
-    "text": 0.05,
-    "text + look": 0.04,
+    "content + style": 0.54,
+    "content + 2 styles": 0.11,
+    "style + text": 0.1,
+    "content + look": 0.09,
+    "content": 0.03,
+    "text": 0.06,
+    "text + look": 0.07,
 }
 DISTILL_FROM = 0.85  # of the run: from here on guidance is learned
+MIXED = 0.1  # of the batches that learn guidance: two style pictures of different looks
+SHEETS = 0.15  # of the style pictures: four subjects in the look on one sheet, not one subject
 SLIDER = (1.0, 5.0)  # `guidance_scale` as the user gives it
 TEMPLATES = ("{}", "a {}", "a picture of a {}", "{} in this style", "the {}", "a photo of a {}")
 LOOK_TEMPLATES = ("{}", "{} style", "in the style of {}", "make it {}")
@@ -70,6 +75,7 @@ class Batch:
     content: Tensor | None
     style: Tensor | None
     prompts: list[str]
+    mixed: bool = False  # the two style pictures are of different looks
 
 
 class Shard:
@@ -93,8 +99,18 @@ class Shard:
 
     def style(self, row: int) -> Tensor:
         """Target picture `row` as the style encoder sees it, `(3, 128, 128)`."""
-        picture = cv2.resize(self.pictures[row], (STYLE_SIZE, STYLE_SIZE), interpolation=cv2.INTER_AREA)
-        return torch.from_numpy(picture / np.float32(127.5) - 1).permute(2, 0, 1)
+        return _as_style(self.pictures[row])
+
+    def sheet(self, rows: Sequence[int]) -> Tensor:
+        """Four target pictures side by side as the style encoder sees them, `(3, 128, 128)`."""
+        a, b, c, d = self.pictures[rows]
+        return _as_style(np.vstack([np.hstack([a, b]), np.hstack([c, d])]))
+
+    def random_style(self, row: int, rng: np.random.Generator) -> Tensor:
+        """The look of picture `row`, told by another picture or by a sheet of them."""
+        if rng.random() < SHEETS:
+            return self.sheet(self.siblings(row, rng, 4))
+        return self.style(self.siblings(row, rng, 1)[0])
 
     def siblings(self, row: int, rng: np.random.Generator, count: int) -> list[int]:
         """`count` other pictures in the look of picture `row`."""
@@ -108,7 +124,8 @@ class Shard:
 
     def batch(self, kind: str, rows: Sequence[int], rng: np.random.Generator) -> Batch:
         """The pictures `rows` under conditions of one kind."""
-        styles = 2 if "2 styles" in kind else int("style" in kind)
+        mixed = "mixed" in kind
+        styles = 2 if "styles" in kind else int("style" in kind)
         prompts, pictures = [], []
         for row in rows:
             subject = TEMPLATES[rng.integers(len(TEMPLATES))].format(self.subjects[row])
@@ -118,13 +135,20 @@ class Shard:
             chance = 0.9 if "text" in kind else 0.4 if "look" in kind else 0.3 if styles else 0
             prompts.append(", ".join([subject] * bool(rng.random() < chance) + [look] * ("look" in kind)))
             if styles:
-                pictures.append(torch.stack([self.style(r) for r in self.siblings(row, rng, styles)]))
+                of = [row, int(rng.integers(len(self.looks)))] if mixed else [row] * styles
+                pictures.append(torch.stack([self.random_style(r, rng) for r in of]))
         return Batch(
             target=self.latents(self.targets(kind), rows),
             content=self.latents(self.content, rows) if "content" in kind else None,
             style=torch.stack(pictures) if styles else None,
             prompts=prompts,
+            mixed=mixed,
         )
+
+
+def _as_style(picture: np.ndarray) -> Tensor:
+    small = cv2.resize(picture, (STYLE_SIZE, STYLE_SIZE), interpolation=cv2.INTER_AREA)
+    return torch.from_numpy(small / np.float32(127.5) - 1).permute(2, 0, 1)
 
 
 def load_shards() -> list[Shard]:
@@ -137,10 +161,12 @@ def load_shards() -> list[Shard]:
     ]
 
 
-def draw_batch(shards: list[Shard], rng: np.random.Generator, size: int) -> Batch:
+def draw_batch(shards: list[Shard], rng: np.random.Generator, size: int, *, guided: bool) -> Batch:
     """A batch of one shard and one kind."""
     shard = shards[rng.integers(len(shards))]
     kind = str(rng.choice(list(KINDS), p=list(KINDS.values())))
+    if guided and rng.random() < MIXED:
+        kind = "content + mixed styles"
     rows = rng.choice(len(shard.targets(kind)), size, replace=False)
     return shard.batch(kind, rows.tolist(), rng)
 
@@ -243,10 +269,19 @@ def guided_velocity(
 ) -> Tensor:
     """`velocity` pushed from the teacher's prediction without any condition towards its full one.
 
-    Measured from the content alone, guidance keeps the look and loses the subject.
+    Measured from the content alone, guidance keeps the look and loses the subject. Two different looks have
+    no true velocity: the mean of what the teacher predicts for each stands in for it.
     """
     lowest = torch.full_like(slider, SLIDER[0])
-    full = teacher(noisy, sigma, lowest, content=batch.content, style=batch.style, prompts=batch.prompts)
+    styles = batch.style.split(1, dim=1) if batch.mixed and batch.style is not None else [batch.style]
+    full = torch.stack(
+        [
+            teacher(noisy, sigma, lowest, content=batch.content, style=style, prompts=batch.prompts)
+            for style in styles
+        ]
+    ).mean(0)
+    if batch.mixed:
+        velocity = full
     empty = teacher(noisy, sigma, lowest, content=None, style=None, prompts=[""] * len(noisy))
     return velocity + (guidance_weight(slider) - 1)[:, None, None] * (full - empty)
 
@@ -271,6 +306,8 @@ def train(minutes: float, size: int, lr: float, init: Path | None, checkpoint: P
     model, teacher = Nano(folder), Nano(folder).requires_grad_(False)
     if init:
         model.load_exported(init)
+    elif STYLE_CHECKPOINT.exists():
+        model.load_state_dict(load_style_path(STYLE_CHECKPOINT), strict=False)
     run = Run(model, model.optimizer(lr), lr=lr, minutes=minutes, checkpoint=checkpoint)
     rng = data_rng(seed, run.step)
     torch.manual_seed(int(rng.integers(2**31)))
@@ -279,8 +316,8 @@ def train(minutes: float, size: int, lr: float, init: Path | None, checkpoint: P
     bar = tqdm(total=100, disable=dist.get_rank() > 0, mininterval=10)
     shards = load_shards()
     while run.progress < 1:
-        batch = draw_batch(shards, rng, size)
-        guided = run.progress > DISTILL_FROM or init is not None
+        guided = run.progress > DISTILL_FROM
+        batch = draw_batch(shards, rng, size, guided=guided)
         if guided:
             teacher.load_state_dict(dict(zip(names, run.average, strict=True)), strict=False)
         loss = loss_of(model, batch, teacher if guided else None)

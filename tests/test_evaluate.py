@@ -1,0 +1,138 @@
+"""The measure of the nano model, on the committed pictures: shipped weights keep their recorded scores."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from training import evaluate, judges
+from training.models import NANO
+
+TOLERANCE = {"joint": 0.07, "style": 0.07, "subject": 0.07, "psnr": 0.3, "ssim": 0.03}  # 3 of 48 pictures
+
+
+@pytest.fixture(scope="module")
+def both() -> dict[str, judges.Judge]:
+    return judges.load_judges()
+
+
+@pytest.fixture(scope="module")
+def examples() -> dict[str, evaluate.Examples]:
+    return evaluate.load_small()
+
+
+@pytest.fixture(scope="module")
+def recorded() -> dict[str, dict[str, dict[str, float]]]:
+    return json.loads((judges.JUDGES / "scores.json").read_text())["small"]
+
+
+def below(scores: dict[str, float], recorded: dict[str, float]) -> list[str]:
+    return [
+        f"{metric} {scores[metric]} < {recorded[metric]}"
+        for metric, tolerance in TOLERANCE.items()
+        if scores[metric] < recorded[metric] - tolerance
+    ]
+
+
+def test_shipped_weights_keep_their_scores(
+    both: dict[str, judges.Judge],
+    examples: dict[str, evaluate.Examples],
+    recorded: dict[str, dict[str, dict[str, float]]],
+) -> None:
+    scores, _ = evaluate.evaluate(evaluate.load_pipeline(NANO), both, examples)
+    overall = evaluate.overall(scores, evaluate.SMALL)
+    assert not below(overall["nano"], recorded["all"]["nano"])
+    assert not below(recorded["all"]["nano"], overall["nano"]), "better than recorded: run evaluate --record"
+
+
+def test_judges_tell_truth_from_copies(
+    both: dict[str, judges.Judge], examples: dict[str, evaluate.Examples]
+) -> None:
+    looks = examples["looks"]
+    pictures = evaluate.baselines(looks, len(looks.content))
+    scores = {method: evaluate.score(both, drawn, looks) for method, drawn in pictures.items()}
+    assert scores["truth"]["joint"] > 0.8
+    assert scores["truth"]["psnr"] == 60
+    assert scores["content copy"]["subject"] > 0.95
+    assert scores["style copy"]["style"] > 0.9
+    for copy in ("content copy", "style copy"):
+        assert scores[copy]["joint"] < 0.3
+
+
+def test_broken_weights_fail(
+    both: dict[str, judges.Judge],
+    examples: dict[str, evaluate.Examples],
+    recorded: dict[str, dict[str, dict[str, float]]],
+) -> None:
+    pipeline = evaluate.load_pipeline(NANO)
+    torch.manual_seed(0)
+    torch.nn.init.normal_(pipeline.transformer.x_embedder.weight)
+    looks = examples["looks"]
+    drawn = evaluate.draw_all(pipeline, looks, 12, "broken")
+    assert len(below(evaluate.score(both, drawn, looks), recorded["looks"]["nano"])) >= 3
+
+
+def test_found_counts_how_many_are_nearer() -> None:
+    similar = np.array([[0.9, 0.1, 0.2], [0.8, 0.5, 0.1], [0.9, 0.8, 0.7]])
+    assert judges.found(similar, top=1).tolist() == [True, False, False]
+    assert judges.found(similar, top=2).tolist() == [True, True, False]
+
+
+def test_another_picture_of_the_subject_is_no_wrong_answer(both: dict[str, judges.Judge]) -> None:
+    rng = np.random.default_rng(0)
+    pictures = rng.integers(0, 256, (8, 128, 128, 3), np.uint8)
+    vectors = both["subject"].embed(pictures)
+    # seven pictures of subject "a" nearer than its own, and one of "b"
+    own = np.concatenate([-vectors[:1], vectors[:1].repeat(7, 0)])
+    one = evaluate.Examples(
+        *[pictures] * 4,
+        subjects=np.array(["a"] * 7 + ["b"]),
+        gallery_styles=both["style"].embed(pictures),
+        gallery_subjects=own,
+        gallery_names=np.array(["a"] * 7 + ["b"]),
+    )
+    assert evaluate.score(both, pictures[:1], one)["subject"] == 1
+
+
+def test_colours_are_transferred() -> None:
+    rng = np.random.default_rng(1)
+    content = rng.integers(80, 120, (16, 16, 3), np.uint8)
+    style = np.tile(np.array([[200, 60, 50]], np.uint8), (16, 16, 1)) + rng.integers(
+        0, 9, (16, 16, 1), np.uint8
+    )
+    moved = evaluate.transfer_colour(content, style)
+    np.testing.assert_allclose(moved.mean((0, 1)), style.mean((0, 1)), atol=4)
+
+
+@pytest.mark.parametrize("size", [(512, 512), (512, 1536)])
+def test_any_shape_gives_the_middle_square(
+    size: tuple[int, int], examples: dict[str, evaluate.Examples]
+) -> None:
+    one = examples["looks"]
+    width, height = size
+    drawn = evaluate.draw(
+        evaluate.load_pipeline(NANO), one.content[0], one.style[0], steps=1, width=width, height=height
+    )
+    assert drawn.shape == (128, 128, 3)
+    assert drawn.dtype == np.uint8
+
+
+def test_small_pictures_are_written_and_read_back(
+    tmp_path: Path, examples: dict[str, evaluate.Examples]
+) -> None:
+    evaluate.save_small(examples, tmp_path)
+    again = evaluate.load_small(tmp_path)
+    for name, one in examples.items():
+        assert len(one.content) == evaluate.SMALL[name]
+        assert np.abs(again[name].truth.astype(int) - one.truth).mean() < 4
+        np.testing.assert_array_equal(again[name].gallery_styles, one.gallery_styles)
+    grid = evaluate.draw_grid(examples, {name: one.truth for name, one in examples.items()}, rows=2)
+    assert grid.width == 2 * (5 * 128 + 16)
+
+
+def test_table() -> None:
+    row = {"joint": 0.5, "style": 0.75, "subject": 1.0, "psnr": 12.34, "ssim": 0.111}
+    text = evaluate.table("looks", {"nano": row})
+    assert "| nano | 0.50 | 0.75 | 1.00 | 12.3 dB | 0.11 |" in text

@@ -1,0 +1,198 @@
+"""Two small judges of pictures: `python -m training.judges --minutes 5` trains them into assets/judges/.
+
+The style judge says which of many looks a picture has, the subject judge which of many plain pictures it
+shows. Both learn contrastively, on their own pool: drawn from another seed than the model's, so other looks
+and other views of the subjects that are not held out. No loss of the model uses them or their features;
+`training.evaluate` does.
+"""
+
+import argparse
+import multiprocessing
+import time
+from functools import partial
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from training.data import CACHE
+from training.looks import FAMILIES, HELD_OUT_FAMILIES, apply, draw_look
+from training.pool import Contents, write_subjects
+from training.style import contrast_loss
+
+JUDGES = Path(__file__).parents[1] / "assets" / "judges"
+SEED = 77_003
+SIDE = 128
+LOOKS = 1600  # parametric; one in EVERY_PAINTED more is painted
+EVERY_PAINTED = 8
+PICTURES = 5  # a look
+BATCH = 96
+EMBEDDING = 96
+WIDTHS = (64, 96, 160)
+
+
+class Judge(nn.Module):
+    """Pictures to unit vectors, by convolutions; near vectors mean an equal look (or subject).
+
+    `spatial`: look at where things are, for subjects; else at means and deviations of features, for looks.
+    """
+
+    def __init__(self, *, spatial: bool) -> None:
+        super().__init__()
+        self.spatial = spatial
+        self.stages = nn.ModuleList()
+        before = 48
+        for i, width in enumerate(WIDTHS):
+            convolution = nn.Conv2d(before, width, 3, stride=1 + (i > 0), padding=1, bias=False)
+            self.stages.append(nn.Sequential(convolution, nn.BatchNorm2d(width), nn.ReLU()))
+            before = width
+        features = WIDTHS[-1] * 16 if spatial else 2 * (48 + sum(WIDTHS))
+        self.head = nn.Sequential(nn.BatchNorm1d(features), nn.Linear(features, EMBEDDING))
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """`(B, 3, 128, 128)` in [-1, 1] to `(B, EMBEDDING)`."""
+        x = F.pixel_unshuffle(pictures, 4).contiguous(memory_format=torch.channels_last)  # (B, 48, 32, 32)
+        maps = [x]
+        for stage in self.stages:
+            x = stage(x)
+            maps.append(x)
+        if self.spatial:
+            features = F.adaptive_avg_pool2d(x, 4).flatten(1)  # (B, C, 8, 8) -> (B, C * 16)
+        else:
+            features = torch.cat([part for m in maps for part in torch.std_mean(m, (2, 3))], 1)
+        return F.normalize(self.head(features), dim=1)
+
+    @torch.inference_mode()
+    def embed(self, pictures: np.ndarray) -> np.ndarray:
+        """uint8 `(N, 128, 128, 3)` to float32 `(N, EMBEDDING)`."""
+        return torch.cat(
+            [self(as_input(part)) for part in np.array_split(pictures, -(-len(pictures) // 64))]
+        ).numpy()
+
+
+def as_input(pictures: np.ndarray) -> Tensor:
+    """uint8 `(B, H, W, 3)` to `(B, 3, H, W)` in [-1, 1]."""
+    return torch.from_numpy(pictures / np.float32(127.5) - 1).permute(0, 3, 1, 2)
+
+
+def found(similar: np.ndarray, *, top: int = 5) -> np.ndarray:
+    """bool (N,): whether entry i is among the `top` greatest of row i of `similar` (N, M)."""
+    own = similar[np.arange(len(similar)), np.arange(len(similar))]
+    return (similar > own[:, None]).sum(1) < top
+
+
+def load_judges(folder: Path = JUDGES) -> dict[str, Judge]:
+    """The judges of "style" and "subject"."""
+    judges = {}
+    for name in ("style", "subject"):
+        judges[name] = Judge(spatial=name == "subject").eval()
+        weights = load_file(folder / f"{name}.safetensors")
+        judges[name].load_state_dict({key: value.float() for key, value in weights.items()})
+    return judges
+
+
+def _draw_looks(job: tuple[int, int, list[str]]) -> tuple[np.ndarray, np.ndarray]:
+    """Looks first..last of the judges' pool: contents and targets, uint8 `(L, PICTURES, 128, 128, 3)`."""
+    from training.painterly import Painter, draw_painting  # needs onnxruntime, which judging does not
+
+    first, last, names = job
+    cv2.setNumThreads(1)
+    contents, painter = Contents(names, unseen=False), Painter()
+    families = [name for name in FAMILIES if name not in HELD_OUT_FAMILIES]
+    looks = []
+    for i in range(first, last):
+        rng = np.random.default_rng((SEED, i))
+        if i % EVERY_PAINTED == 0:
+            draw = partial(painter.draw, draw_painting(rng, unseen=False))
+        else:
+            draw = partial(apply, draw_look(rng, families[i % len(families)]))
+        rows: list[tuple[np.ndarray, np.ndarray]] = []
+        while len(rows) < PICTURES:
+            content, seen = contents.ground(rng, contents.draw(rng, SIDE, SIDE)[1])
+            rows.append((content, draw(seen, seed=int(rng.integers(2**31)))))
+        looks.append(rows)
+    pictures = np.array(looks)  # (L, PICTURES, 2, H, W, 3)
+    return pictures[:, :, 0], pictures[:, :, 1]
+
+
+def load_pool(processes: int = 2) -> tuple[np.ndarray, np.ndarray]:
+    """The judges' pool: contents and targets `(LOOKS, PICTURES, 128, 128, 3)`, drawn unless in the cache."""
+    path = CACHE / "judges.npz"
+    if not path.exists():
+        names = write_subjects()
+        jobs = [(first, min(first + 50, LOOKS), names) for first in range(0, LOOKS, 50)]
+        with multiprocessing.Pool(processes) as pool:
+            parts = list(tqdm(pool.imap(_draw_looks, jobs), total=len(jobs), desc="pool"))
+        contents, targets = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        partial_path = path.with_name("judges.part.npz")
+        np.savez(partial_path, contents=contents, targets=targets)
+        partial_path.rename(path)
+    arrays = np.load(path)
+    return arrays["contents"], arrays["targets"]
+
+
+def view(rng: np.random.Generator, picture: np.ndarray) -> np.ndarray:
+    """A slight crop of a uint8 `(128, 128, 3)` picture, maybe a little soft, so that no pixel decides."""
+    side = int(rng.integers(112, SIDE + 1))
+    top, left = rng.integers(SIDE - side + 1, size=2)
+    crop = np.ascontiguousarray(picture[top : top + side, left : left + side])
+    if rng.random() < 0.4:
+        crop = cv2.resize(crop, (int(rng.integers(48, 112)),) * 2, interpolation=cv2.INTER_AREA)
+    return cv2.resize(crop, (SIDE, SIDE), interpolation=cv2.INTER_LINEAR)
+
+
+def train_judge(name: str, contents: np.ndarray, targets: np.ndarray, minutes: float) -> Judge:
+    """Train for `minutes` of this process's own time; the last tenth of the looks only measures."""
+    torch.manual_seed(SEED)
+    rng = np.random.default_rng(SEED)
+    judge = Judge(spatial=name == "subject")
+    optimizer = torch.optim.AdamW(judge.parameters(), weight_decay=0.05)
+    last = len(targets) * 9 // 10
+    start, progress, step = time.process_time(), 0.0, 0
+    bar = tqdm(total=100, desc=name, mininterval=5)
+    while progress < 1:
+        looks = rng.choice(last, BATCH, replace=False)
+        pairs = np.array([rng.choice(PICTURES, 2, replace=False) for _ in looks])
+        firsts = targets[looks, pairs[:, 0]]
+        seconds = targets[looks, pairs[:, 1]] if name == "style" else contents[looks, pairs[:, 0]]
+        views = [np.stack([view(rng, picture) for picture in pictures]) for pictures in (firsts, seconds)]
+        first, second = judge(as_input(np.concatenate(views))).chunk(2)
+        loss = contrast_loss(first, second)
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3 * min(1.0, (step + 1) / 30, 1.5 * (1 - progress) + 0.003)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        step += 1
+        progress = min(1.0, (time.process_time() - start) / (60 * minutes))
+        bar.n = round(100 * progress)
+        bar.set_postfix_str(f"step {step} loss {loss.item():.3f}", refresh=False)
+        bar.update(0)
+    judge.eval()
+    unseen, plain = targets[last:], contents[last:]
+    gallery = unseen[:, 1] if name == "style" else plain[:, 0]
+    similar = judge.embed(unseen[:, 0]) @ judge.embed(gallery).T
+    bar.write(
+        f"{name}: {found(similar, top=1).mean():.1%} found first, {found(similar).mean():.1%} in the top 5"
+    )
+    return judge
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=5, help="of processor time, each judge (default 5)")
+    parser.add_argument("--processes", type=int, default=2, help="worker processes that draw (default 2)")
+    a = parser.parse_args()
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
+    drawn = load_pool(a.processes)
+    JUDGES.mkdir(exist_ok=True)
+    for judged in ("style", "subject"):
+        trained = train_judge(judged, *drawn, a.minutes)
+        weights = {key: value.half().contiguous() for key, value in trained.state_dict().items()}
+        save_file(weights, JUDGES / f"{judged}.safetensors")

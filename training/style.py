@@ -1,0 +1,129 @@
+"""Train the style path alone first: `python -m training.style --minutes 10`.
+
+Style alignment, as USO trains its projector before the rest: SigLIP and projector learn, contrastively, which
+pictures share a look and not a subject; and by a second head which share its drawing when one of them has
+lost its colours, for colours alone tell most looks apart. `training.train` starts from the result. Needs the
+pool.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from training.data import CACHE
+from training.loop import MuonAdamW, Run, averaged_weights, data_rng, launch
+from training.models import STYLE_SIZE, build_conditioning
+from training.pool import PICTURES, POOL
+
+CHECKPOINT = CACHE / "style.pt"
+TEMPERATURE = 0.07
+LEAST_CROP = 0.75  # of the side; a look is the same in any part of a picture
+EMBEDDING = 128
+
+
+class StylePath(nn.Module):
+    """Style pictures to the tokens that the transformer reads, and these to one unit vector."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        conditioning = build_conditioning(eos_token_id=1)
+        self.image_encoder = conditioning["image_encoder"]
+        self.style_projector = conditioning["style_projector"]
+        projector: Any = self.style_projector
+        width = projector.config.hidden_size
+        self.look, self.drawing = (
+            nn.Sequential(nn.Linear(3 * width, width), nn.GELU(), nn.Linear(width, EMBEDDING))
+            for _ in range(2)
+        )
+
+    def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        """`(B, 3, H, W)` in [-1, 1] to unit vectors `(B, EMBEDDING)` of the whole look and of its drawing."""
+        hidden_states = self.image_encoder(pictures, output_hidden_states=True).hidden_states
+        tokens = self.style_projector(hidden_states)
+        levels = tokens.unflatten(1, (3, -1)).mean(2).flatten(1)  # (B, 3 * K, C) -> (B, 3 * C)
+        return F.normalize(self.look(levels), dim=1), F.normalize(self.drawing(levels), dim=1)
+
+
+def random_view(rng: np.random.Generator, picture: np.ndarray) -> np.ndarray:
+    """A random crop of a uint8 `(H, W, 3)` picture, `(STYLE_SIZE, STYLE_SIZE, 3)`."""
+    side = round(min(picture.shape[:2]) * rng.uniform(LEAST_CROP, 1))
+    top, left = (rng.integers(length - side + 1) for length in picture.shape[:2])
+    crop = np.ascontiguousarray(picture[top : top + side, left : left + side])
+    return cv2.resize(crop, (STYLE_SIZE, STYLE_SIZE), interpolation=cv2.INTER_AREA)
+
+
+def without_colours(rng: np.random.Generator, picture: np.ndarray) -> np.ndarray:
+    """A uint8 `(H, W, 3)` picture in greys of random contrast and brightness, maybe inverted."""
+    grey = picture @ rng.dirichlet((2, 2, 2)) / 255
+    grey = (grey - grey.mean()) / (grey.std() + 0.02) * rng.choice((-1, 1)) * rng.uniform(0.12, 0.35)
+    grey = np.clip(255 * (grey + rng.uniform(0.3, 0.7)), 0, 255).astype(np.uint8)
+    return np.repeat(grey[..., None], 3, axis=2)
+
+
+def contrast_loss(first: Tensor, second: Tensor) -> Tensor:
+    """Each vector of `first` `(B, E)` shall be nearest to its row of `second` `(B, E)`, and the reverse."""
+    similar = first @ second.T / TEMPERATURE  # (B, B)
+    rows = torch.arange(len(similar))
+    return (F.cross_entropy(similar, rows) + F.cross_entropy(similar.T, rows)) / 2
+
+
+def found(first: Tensor, second: Tensor) -> float:
+    """The share of `first` whose nearest in `second` is its own row."""
+    return ((first @ second.T).argmax(1) == torch.arange(len(first))).float().mean().item()
+
+
+def train(minutes: float, looks: int, lr: float, checkpoint: Path, seed: int) -> None:
+    """One process's work: three pictures of each of `looks` looks a step."""
+    cv2.setNumThreads(1)
+    model = StylePath()
+    matrices = [p for name, p in model.named_parameters() if ".layers." in name and p.ndim == 2]
+    others = [p for name, p in model.named_parameters() if not (".layers." in name and p.ndim == 2)]
+    run = Run(model, MuonAdamW(matrices, others, lr), lr=lr, minutes=minutes, checkpoint=checkpoint)
+    rng = data_rng(seed, run.step)
+    shards = [np.load(path / "target.npy", mmap_mode="r") for path in sorted(POOL.glob("train-*-128x128"))]
+    right: np.ndarray | None = None
+    bar = tqdm(total=100, disable=dist.get_rank() > 0, mininterval=10)
+    while run.progress < 1:
+        pictures = shards[rng.integers(len(shards))]
+        chosen = rng.choice(len(pictures) // PICTURES, min(looks, len(pictures) // PICTURES), replace=False)
+        rows = np.array([look * PICTURES + rng.choice(PICTURES, 3, replace=False) for look in chosen]).T
+        views = [[random_view(rng, pictures[row]) for row in third] for third in rows]
+        views[2] = [without_colours(rng, view) for view in views[2]]
+        pixels = torch.from_numpy(np.concatenate(views) / np.float32(127.5) - 1).permute(0, 3, 1, 2)
+        look, drawing = (vectors.chunk(3) for vectors in model(pixels))
+        run.update(contrast_loss(look[0], look[1]) + contrast_loss(drawing[0], drawing[2]))
+        now = np.array([found(look[0], look[1]), found(drawing[0], drawing[2])])
+        right = now if right is None else 0.98 * right + 0.02 * now
+        bar.n = round(100 * run.progress)
+        bar.set_postfix_str(
+            f"step {run.step} found look {right[0]:.1%} drawing {right[1]:.1%}", refresh=False
+        )
+        bar.update(0)
+
+
+def load_style_path(checkpoint: Path) -> dict[str, Tensor]:
+    """SigLIP's and the projector's averaged weights, named as in `Nano`."""
+    return {
+        f"conditioning.{name}": tensor
+        for name, tensor in averaged_weights(checkpoint).items()
+        if name.startswith(("image_encoder.", "style_projector."))
+    }
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--looks", type=int, default=64, help="looks a process and step")
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    a = parser.parse_args()
+    launch(train, a.minutes, a.looks, a.lr, CHECKPOINT, a.seed, processes=a.processes, seed=a.seed)
