@@ -1,7 +1,12 @@
 """Jobs never get lost, doubled or stuck; the device never does two things at once."""
 
 import asyncio
+import io
+import json
 import random
+import secrets
+import shutil
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,8 +21,10 @@ from uso.errors import CheckpointError, InputError
 from uso.metadata import read_parameters
 from uso.model.checkpoints import load_pipeline
 from uso.schema import parse_request
-from uso.serve.device import MODES, Device, DeviceFault
-from uso.serve.engine import FINAL, KEPT_JOBS, Busy, Engine, Job
+from uso.serve import engine as engine_module
+from uso.serve.engine import FINAL, Busy, Engine, Job, Origin
+from uso.serve.files import Files, Picture
+from uso.serve.store import Store
 
 
 class FakePipeline:
@@ -97,7 +104,13 @@ def start() -> Iterator[Callable[..., Engine]]:
 
 def submit(engine: Engine, **fields: Any) -> Job:
     request = parse_request({"prompt": "a fox", "width": 512, "height": 512, "num_steps": 4, **fields})
-    return engine.submit(request, {}, {})
+    return engine.submit(request, {})
+
+
+def stored(engine: Engine, width: int, height: int) -> Picture:
+    png = io.BytesIO()
+    Image.new("RGB", (width, height)).save(png, "PNG")
+    return engine.files.keep_picture(png.getvalue(), field="content_image", owner="")
 
 
 def wait(engine: Engine, job: Job, state: str | None = None, seconds: float = 30) -> Job:
@@ -114,9 +127,9 @@ def wait(engine: Engine, job: Job, state: str | None = None, seconds: float = 30
 
 def test_a_job_becomes_a_png_with_its_parameters(start: Any) -> None:
     engine = start(lambda progress: FakePipeline())
-    subject = Image.new("RGB", (300, 200))
+    subject = stored(engine, 300, 200)
     request = parse_request({"prompt": "a fox", "num_steps": 3})
-    job = wait(engine, engine.submit(request, {"content_image": subject}, {"content_image": "ab12"}))
+    job = wait(engine, engine.submit(request, {"content_image": subject}))
     assert job.state == "completed"
     assert job.result is not None
     with Image.open(job.result.path) as picture:
@@ -125,15 +138,16 @@ def test_a_job_becomes_a_png_with_its_parameters(start: Any) -> None:
     assert parameters == job.result.parameters
     assert parameters["seed"] == job.work.seed >= 0
     assert (parameters["width"], parameters["num_steps"], parameters["model"]) == (1024, 3, "fake")
-    assert parameters["image_sha256"] == {"content_image": "ab12"}
+    assert parameters["image_sha256"] == {"content_image": subject.file.sha256}
     assert list(job.result.seconds) == ["encoding", "drawing", "decoding"]
-    assert job.work.content_image is None, "a finished job keeps no pictures in memory"
+    assert job.work.content_image is None, "pictures are in memory only while they are looked at"
+    assert job.logs == ("Encoding", "Drawing", "Step 1 of 3", "Step 2 of 3", "Step 3 of 3", "Decoding")
 
 
 def test_a_size_that_cannot_be_is_refused_at_once(start: Any) -> None:
     engine = start(lambda progress: FakePipeline())
     with pytest.raises(InputError, match="too thin"):
-        engine.submit(parse_request({"prompt": ""}), {"content_image": Image.new("RGB", (800, 100))}, {})
+        engine.submit(parse_request({"prompt": ""}), {"content_image": stored(engine, 800, 100)})
 
 
 def test_cancel_in_every_state_under_load(start: Any) -> None:
@@ -168,7 +182,7 @@ def test_cancel_in_every_state_under_load(start: Any) -> None:
     while engine.waiting and time.monotonic() < deadline:
         time.sleep(0.01)
     remembered = [ended for job in jobs if (ended := engine.get(job.id))]
-    assert len(remembered) >= KEPT_JOBS
+    assert len(remembered) == len(jobs) == 1000
     assert all(job.state in FINAL for job in remembered)
     assert all((job.state == "cancelled") == (job.id in promised) for job in remembered)
     assert all((job.state == "completed") == (job.result is not None) for job in remembered)
@@ -288,90 +302,146 @@ def test_a_hung_step_is_noticed(start: Any, capfd: pytest.CaptureFixture[str]) -
     assert engine.status.state == "broken", "only a new process helps"
 
 
-def test_a_closed_run_waits_for_the_device() -> None:
-    """Two pictures at once would be the alternative."""
-    stuck, go_on = threading.Event(), threading.Event()
-    pipe = FakePipeline(lambda index: stuck.set() or go_on.wait(5))  # type: ignore[func-returns-value]
-    device = Device(pipe, device="cpu", step_limit=0.3)
-    work = Engine(lambda progress: pipe, model="fake").submit(parse_request({"prompt": ""}), {}, {}).work
-    run = device.run(work, lambda: False)
-    next(run)
-    assert stuck.wait(5)
-    with pytest.raises(DeviceFault):
-        run.close()
-    go_on.set()
-    pipe = FakePipeline(lambda index: time.sleep(0.05))
-    run = Device(pipe, device="cpu").run(work, lambda: False)
-    while next(run).step == 0:
-        pass
-    assert pipe.inside == 1
-    run.close()
-    assert pipe.inside == 0
-
-
-@pytest.mark.parametrize(
-    ("free_gb", "mode", "why"),
-    [(50, "full", "all 36.0 GB"), (30, "staged", "24.0 GB, fits"), (10, "offload", "24.0 GB, does not fit")],
-)
-def test_auto_takes_the_fastest_mode_that_fits(
-    monkeypatch: pytest.MonkeyPatch, free_gb: int, mode: str, why: str
-) -> None:
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free_gb * 10**9, 80 * 10**9))
-    pipe = FakePipeline()
-    for name, gigabytes in (("transformer", 24), ("text_encoder_2", 10), ("vae", 2)):
-        pipe.components[name] = torch.nn.Linear(1, 1, bias=False)
-        weights = torch.empty(gigabytes * 10**9, dtype=torch.uint8, device="meta")
-        pipe.components[name].weight = torch.nn.Parameter(weights, requires_grad=False)
-    device = Device(pipe, device="cuda")
-    assert (device.memory, pipe.placed) == (mode, [mode])
-    assert why in device.why
-    assert f"{free_gb}.0 GB are free" in device.why
-    assert Device(pipe, device="cuda", memory="offload").memory == "offload"
-
-
-@pytest.mark.parametrize("faults", [1, 2])
-def test_out_of_memory_is_retried_once_in_the_next_mode(faults: int) -> None:
-    left = [faults]
-
-    def step(index: int) -> None:
-        if index == 1 and left[0]:
-            left[0] -= 1
-            raise torch.OutOfMemoryError("CUDA out of memory")
-
-    pipe = FakePipeline(step)
-    device = Device(pipe, device="cpu")
-    device.modes = MODES
-    work = Engine(lambda progress: pipe, model="fake").submit(parse_request({"prompt": ""}), {}, {}).work
-    if faults == 1:
-        drawn = list(device.run(work, lambda: False))[-1]
-        assert drawn.notes == ["Memory ran out in mode full; drawn in mode staged, which is slower."]
-        assert drawn.memory == "staged"
-        assert pipe.placed == ["full", "staged"]
-    else:
-        with pytest.raises(Exception, match="memory is too small"):
-            list(device.run(work, lambda: False))
-        assert pipe.placed == ["full", "staged", "full"]
-    before = device.memory
-    assert list(device.run(work, lambda: False))[-1].memory == before, "the next job starts where it worked"
-
-
 def test_stopping_ends_the_running_job_and_takes_no_more(start: Any) -> None:
     engine = start(lambda progress: FakePipeline(lambda index: time.sleep(0.05)))
     running, waiting = submit(engine), submit(engine)
     wait(engine, running, "running")
     assert engine.stop(within=5)
-    states = [wait(engine, running).state, wait(engine, waiting).state]
-    assert states == ["completed", "cancelled"]
+    states = [wait(engine, running).state, wait(engine, waiting, "queued").state]
+    assert states == ["completed", "queued"], "the next process draws what waits"
     with pytest.raises(Busy, match="stopping"):
         submit(engine)
 
 
-def test_stopping_cancels_what_takes_too_long(start: Any) -> None:
-    engine = start(lambda progress: FakePipeline(lambda index: time.sleep(0.1)))
-    job = submit(engine, num_steps=50)
-    wait(engine, job, "running")
+def again(engine: Engine) -> Files:
+    """The files of an engine, as the next process opens them."""
+    return Files(Store(engine.files.store.folder))
+
+
+def test_what_waits_is_taken_up_by_the_next_process(start: Any) -> None:
+    """In its order; what took too long to end first, and that try does not count."""
+    engine = start(lambda progress: FakePipeline(lambda index: time.sleep(0.1)), max_attempts=1)
+    subject = stored(engine, 300, 200)
+    request = parse_request({"prompt": "a fox", "num_steps": 50, "seed": 7})
+    slow = engine.submit(request, {"content_image": subject}, Origin("page:me", batch="b"))
+    others = [submit(engine, num_steps=1) for _ in range(3)]
+    watched: list[str] = []
+
+    async def watch() -> None:
+        watched.extend([job.state async for job in engine.watch(slow.id)])
+
+    watcher = threading.Thread(target=lambda: asyncio.run(watch()))
+    watcher.start()
+    wait(engine, slow, "running")
     assert engine.stop(within=0.3)
-    assert wait(engine, job).state == "cancelled"
+    watcher.join(5)
+    assert watched[-1] == "queued", "whoever watches is let go"
+    drawn: list[int] = []
+    second = start(lambda progress: FakePipeline(drawn.append), max_attempts=1, files=again(engine))
+    before = second.get(slow.id)
+    assert before is not None
+    assert (before.request, before.work, before.pictures) == (request, slow.work, slow.pictures)
+    assert [wait(second, job).state for job in [slow, *others]] == ["completed"] * 4
+    assert drawn == [*range(50), 0, 0, 0]
+    assert second.batches("page:me") == [[slow.id]]
+    third = start(lambda progress: FakePipeline(), files=again(engine))
+    finished = third.get(slow.id)
+    assert finished is not None
+    assert finished.result is not None
+    assert finished.result == (second.get(slow.id) or slow).result
+    assert read_parameters(finished.result.path)["seed"] == 7
+
+
+def crash(engine: Engine, job: Job) -> Files:
+    """What a process leaves that ends at once, with `job` running: a copy of its data as it is now."""
+    wait(engine, job, "running")
+    folder = engine.files.store.folder
+    copy = folder.parent / f"{folder.name}-{secrets.token_hex(4)}"
+    copy.mkdir()
+    with engine.files.store.transaction() as db:
+        db.execute("SELECT 1")
+        for path in folder.glob("uso.db*"):
+            shutil.copy(path, copy)
+    return Files(Store(copy))
+
+
+def test_a_crash_costs_an_attempt_and_too_many_end_the_job(start: Any) -> None:
+    go_on = threading.Event()
+    pipe = FakePipeline(lambda index: go_on.wait(10))
+    engine = start(lambda progress: pipe, max_attempts=2)
+    job, cancelled = submit(engine), submit(engine)
+    second = start(lambda progress: pipe, max_attempts=2, files=crash(engine, job))
+    third = start(lambda progress: FakePipeline(), max_attempts=2, files=crash(second, job))
+    ended = wait(third, job)
+    assert (ended.state, ended.attempts) == ("failed", 2)
+    assert "ended 2 times" in (ended.error or "")
+    assert wait(third, cancelled).state == "completed"
+    engine.cancel(job.id)
+    fourth = start(lambda progress: FakePipeline(), files=crash(engine, job))
+    assert wait(fourth, job).state == "cancelled", "a promise holds beyond the process"
+    go_on.set()
+
+
+def test_a_full_disk_loses_nothing(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "RETRY_SECONDS", 0.05)
+    begun, go_on = threading.Event(), threading.Event()
+    engine = start(lambda progress: FakePipeline(lambda index: begun.set() or go_on.wait(5)))  # type: ignore[func-returns-value]
+    job = submit(engine)
+    assert begun.wait(10)
+    update = engine_module._update
+    failures = iter(range(3))
+
+    def full(*args: Any) -> None:
+        if next(failures, None) is not None:
+            raise sqlite3.OperationalError("database or disk is full")
+        update(*args)
+
+    monkeypatch.setattr(engine_module, "_update", full)
+    go_on.set()
+    assert wait(engine, job).state == "completed"
+    assert next(failures, None) is None
+
+
+def test_a_webhook_is_due_exactly_when_the_job_has_ended(start: Any) -> None:
+    engine = start(lambda progress: FakePipeline())
+    request = parse_request({"prompt": "", "num_steps": 1})
+    origin = Origin(webhook="https://example.com/hook", base_url="http://here", session_id="sess_1")
+    jobs = [wait(engine, engine.submit(request, {}, origin)) for _ in range(2)]
+    rows = engine.files.store.all("SELECT * FROM outbox ORDER BY created_at")
+    assert [row["task_id"] for row in rows] == [job.id for job in jobs]
+    assert len({row["id"] for row in rows}) == 2
+    told = json.loads(rows[0]["body"])
+    assert told["output"]["generated_image"]["uri"].startswith("http://here/files/")
+    assert (told["status"], told["session_id"], rows[0]["next_try_at"]) == (9, "sess_1", jobs[0].updated_at)
+
+
+def test_what_comes_with_a_job_is_stored_with_it_or_not_at_all(start: Any) -> None:
+    engine = start(lambda progress: FakePipeline())
+
+    def refuse(db: sqlite3.Connection, job_id: str) -> None:
+        db.execute("INSERT INTO idempotency VALUES ('', 'key', '', ?, 0)", (job_id,))
+        raise Busy("not now")
+
+    with pytest.raises(Busy, match="not now"):
+        engine.submit(parse_request({"prompt": ""}), {}, within=refuse)
+    assert engine.files.store.all("SELECT id FROM tasks") == []
+    assert engine.files.store.all("SELECT key FROM idempotency") == []
+    assert engine.waiting == 0
+
+
+def test_a_picture_that_was_deleted_fails_its_job_alone(start: Any) -> None:
+    go_on = threading.Event()
+    engine = start(lambda progress: FakePipeline(lambda index: go_on.wait(5)))
+    submit(engine)
+    subject = stored(engine, 300, 200)
+    job = engine.submit(parse_request({"prompt": ""}), {"content_image": subject})
+    assert not engine.files.delete(subject.file.id), "a job needs it"
+    engine.files.path(subject.file.id).unlink()
+    go_on.set()
+    assert "`content_image` is not on the server any more" in (wait(engine, job).error or "")
+    assert wait(engine, submit(engine)).state == "completed"
+    assert engine.delete(job.id)
+    assert engine.get(job.id) is None
 
 
 def test_the_real_pipeline_survives_cancel_and_keep(start: Any) -> None:

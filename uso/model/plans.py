@@ -140,7 +140,6 @@ def _official_lora_names(names: Mapping[str, Shape]) -> dict[str, str]:
 def encoder_plan(name: str, folder: Path) -> Plan:
     """T5, CLIP's text tower or SigLIP's vision tower ("t5", "clip", "siglip"), by its config.json."""
     model_class: Any = {"t5": T5EncoderModel, "clip": CLIPTextModel, "siglip": SiglipVisionModel}[name]
-    read_json(folder / "config.json")
     model = _on_meta(model_class, _encoder_config(model_class, folder))
     shapes = _parameter_shapes(model)
     if name == "t5":

@@ -1,28 +1,34 @@
 """Jobs: what was asked, where each stands and what came of it; one worker thread that owns the device.
 
 A job belongs to the server: whoever knows its id may watch it, cancel it or keep what is there, and nobody's
-leaving stops it. Its state changes only by compare-and-set under one lock. Imports no torch: the worker does,
-while the page is already up.
+leaving stops it. Its state changes only by compare-and-set under one lock, in the store first: what a process
+left queued or running, the next one takes up. Imports no torch: the worker does, the page is up by then.
 """
 
 import asyncio
+import contextlib
+import io
 import itertools
+import json
 import logging
+import math
 import secrets
+import sqlite3
 import tempfile
 import threading
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from PIL import Image
-
 from uso.errors import Cancelled, USOError
 from uso.metadata import describe, save_png
-from uso.schema import GenerationRequest, draw_seed, resolve_size
+from uso.schema import GenerationRequest, draw_seed, parse_request, resolve_size
+from uso.serve.files import Files, Picture, StoredFile
+from uso.serve.store import Store
+from uso.serve.webhooks import payload
 from uso.serve.work import Drawn, Event, Phase, Progress, Work
 
 logger = logging.getLogger(__name__)
@@ -30,19 +36,40 @@ logger = logging.getLogger(__name__)
 State = Literal["queued", "running", "completed", "failed", "cancelled"]
 Stop = Literal["cancel", "keep"]
 FINAL: tuple[State, ...] = ("completed", "failed", "cancelled")
-KEPT_JOBS = 200  # finished jobs, with their pictures on disk, that can still be asked for
+REMEMBERED_JOBS = 1000  # finished jobs held in memory; all are in the store
 WATCH_SECONDS = 0.2
+RETRY_SECONDS = 1.0  # between tries to write to a store that fails, for a full disk
 
 LoadProgress = Callable[[str, float], None]
 
 
 class Busy(USOError):
-    """No job can be taken now: the queue is full, or the server stops or has no model."""
+    """No job can be taken now: the server stops or has no model. Try again after `retry_after` seconds."""
+
+    def __init__(self, message: str, *, retry_after: float = 30.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class QueueFull(Busy):
+    """Too many jobs wait already."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Who asked for a job and who is to be told: see the table of tasks in `uso.serve.store`."""
+
+    owner: str = ""
+    batch: str | None = None
+    session_id: str | None = None
+    webhook: str | None = None
+    base_url: str = ""
+    legacy: bool = False
 
 
 @dataclass(frozen=True)
 class Result:
-    """A finished picture: its PNG, its parameters as executed, and how it went.
+    """A finished picture: its PNG at `path`, its parameters as executed, and how it went.
 
     `seconds` by phase.
     """
@@ -51,30 +78,54 @@ class Result:
     parameters: dict[str, Any]
     seconds: dict[Phase, float]
     memory: str
+    file: StoredFile
+
+    def output(self, base_url: str) -> dict[str, Any]:
+        """What the hosted app puts out, and what we add; `base_url` is ours, as the client knows it."""
+        return {
+            "generated_image": self.file.described(base_url),
+            "seed": self.parameters["seed"],
+            "width": self.parameters["width"],
+            "height": self.parameters["height"],
+            "timings": {phase: round(seconds, 3) for phase, seconds in self.seconds.items()},
+        }
 
 
 @dataclass(frozen=True)
 class Job:
-    """A job at one moment; a change makes a new one with the next `version`. `notes` are for the user."""
+    """A job at one moment; a change makes a new one with the next `version`.
+
+    `notes` are for the user, `logs` tell what was done, a line a step. Times are seconds since 1970.
+    """
 
     id: str
     request: GenerationRequest
     work: Work
-    image_sha256: Mapping[str, str]
+    pictures: Mapping[str, Picture] = field(default_factory=dict)
+    origin: Origin = Origin()
     notes: tuple[str, ...] = ()
     state: State = "queued"
     version: int = 0
+    attempts: int = 0
     phase: Phase = "encoding"
     step: int = 0
     seconds_left: float | None = None
     preview: str | None = None
     stop: Stop | None = None
+    logs: tuple[str, ...] = ()
     error: str | None = None
     result: Result | None = None
+    created_at: float = 0.0
+    updated_at: float = 0.0
 
     @property
     def done(self) -> bool:
         return self.state in FINAL
+
+    @property
+    def progress(self) -> int:
+        """Percent of the steps that are drawn."""
+        return 100 if self.state == "completed" else 100 * self.step // self.work.num_steps
 
 
 @dataclass(frozen=True)
@@ -111,7 +162,9 @@ class Engine:
     Args:
         load: makes the pipeline; called in the worker with `progress(text, fraction)`.
         model: the model's name, for the pictures' parameters.
+        files: where jobs last, and their pictures; left out, a folder that goes with the engine.
         queue_limit: jobs that may wait.
+        max_attempts: how often a job is begun, when the server ends while it runs.
         device, memory, step_limit: see `uso.serve.device.Device`.
     """
 
@@ -120,24 +173,35 @@ class Engine:
         load: Callable[[LoadProgress], Any],
         *,
         model: str,
+        files: Files | None = None,
         queue_limit: int = 32,
+        max_attempts: int = 3,
         device: str = "auto",
         memory: str = "auto",
         step_limit: float = 600.0,
     ) -> None:
         self.model = model
         self.queue_limit = queue_limit
+        self.max_attempts = max_attempts
         self._load_pipeline = load
         self._placement: dict[str, Any] = {"device": device, "memory": memory, "step_limit": step_limit}
         self._device: Any = None
         self._status = Status()
-        self._jobs: dict[str, Job] = {}
+        if files is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="uso-", ignore_cleanup_errors=True)
+            files = Files(Store(Path(self._folder.name)))
+        self.files = files
+        self._store = files.store
+        self._jobs: dict[str, Job] = {}  # queued and running
+        self._finished: OrderedDict[str, Job] = OrderedDict()
         self._queue: deque[str] = deque()
+        self._watchers: dict[str, set[Callable[[], object]]] = {}
         self._pace: _Pace | None = None
         self._stopping = False
+        self._out_of_time = False
         self._changed = threading.Condition(threading.RLock())
-        self._folder = tempfile.TemporaryDirectory(prefix="uso-results-", ignore_cleanup_errors=True)
         self._worker: threading.Thread | None = None
+        self._take_up()
 
     # What anybody may ask, from any thread
 
@@ -157,10 +221,14 @@ class Engine:
     def submit(
         self,
         request: GenerationRequest,
-        pictures: Mapping[str, Image.Image],
-        image_sha256: Mapping[str, str],
+        pictures: Mapping[str, Picture],
+        origin: Origin = Origin(),
+        *,
+        within: Callable[[sqlite3.Connection, str], None] = lambda db, job_id: None,
     ) -> Job:
-        """Queue a picture; `pictures` and the hashes of their files by request field.
+        """Queue a picture; `pictures` by request field. It is in the store when this returns.
+
+        `within` is called with the job's id in the transaction that stores it; what it raises undoes both.
 
         Raises:
             InputError: the size cannot follow the subject's shape.
@@ -171,26 +239,73 @@ class Engine:
             width=request.width,
             height=request.height,
             keep_size=request.keep_size,
-            content_size=content.size if content else None,
+            content_size=(content.width, content.height) if content else None,
         )
         seed = draw_seed(request.seed)
-        work = Work.of(request, pictures, width=size.width, height=size.height, seed=seed)
-        notes = (size.note,) if size.note else ()
-        job = Job(secrets.token_urlsafe(12), request, work, image_sha256, notes)
+        now = time.time()
+        job = Job(
+            secrets.token_urlsafe(12),
+            request,
+            Work.of(request, {}, width=size.width, height=size.height, seed=seed),
+            dict(pictures),
+            origin,
+            (size.note,) if size.note else (),
+            created_at=now,
+            updated_at=now,
+        )
         with self._changed:
-            if self._status.state not in ("loading", "ready"):
-                raise Busy(self._status.text)
-            if len(self._queue) >= self.queue_limit:
-                raise Busy(
-                    f"{len(self._queue)} pictures wait already, the limit is {self.queue_limit}: try later."
-                )
+            self.check_open()
+            with self._store.transaction() as db:
+                _insert(db, job)
+                within(db, job.id)
             self._jobs[job.id] = job
             self._queue.append(job.id)
             self._changed.notify_all()
         return job
 
+    def check_open(self) -> None:
+        """Raise Busy when a job could not be taken now."""
+        with self._changed:
+            if self._status.state not in ("loading", "ready"):
+                raise Busy(self._status.text)
+            if len(self._queue) >= self.queue_limit:
+                raise QueueFull(
+                    f"{len(self._queue)} pictures wait already, the limit is {self.queue_limit}: try later.",
+                    retry_after=self.seconds_until_room(),
+                )
+
+    def seconds_until_room(self) -> float:
+        """When the next queued job probably begins, and leaves its place in the queue."""
+        with self._changed:
+            running = next((job for job in self._jobs.values() if job.state == "running"), None)
+            if running is None:
+                return 1.0
+            return max(running.seconds_left or self._estimate(running.id) or 10.0, 1.0)
+
     def get(self, job_id: str) -> Job | None:
-        return self._jobs.get(job_id)
+        """A job of this or a former process, unless it was deleted."""
+        job = self._jobs.get(job_id) or self._finished.get(job_id)
+        if job is None and (row := self._store.one("SELECT * FROM tasks WHERE id = ?", job_id)):
+            with self._changed:
+                # it may have been changed, and remembered, since the row was read
+                job = self._jobs.get(job_id) or self._remember(self._of_row(row))
+        return job
+
+    def batches(self, owner: str) -> list[list[str]]:
+        """Ids of an owner's jobs, oldest first, those of one batch together."""
+        rows = self._store.all("SELECT id, batch FROM tasks WHERE owner = ? ORDER BY number", owner)
+        grouped = itertools.groupby(rows, key=lambda row: row["batch"])
+        return [[row["id"] for row in batch] for _, batch in grouped]
+
+    def delete(self, job_id: str) -> bool:
+        """Forget a job that has ended; False while it has not. Its files stay."""
+        with self._changed:
+            if job_id in self._jobs:
+                return False
+            with self._store.transaction() as db:
+                db.execute("DELETE FROM tasks WHERE id = ?", (job_id,))
+            self._finished.pop(job_id, None)
+        return True
 
     def position(self, job_id: str) -> int:
         """How many jobs come first; 0 is running or next."""
@@ -228,10 +343,9 @@ class Engine:
     def cancel(self, job_id: str) -> bool:
         """True: the job is or will be cancelled and gives no picture. False: it has ended, or is unknown."""
         with self._changed:
-            if self._set(job_id, "queued", state="cancelled", stop="cancel"):
-                self._queue.remove(job_id)
-                return True
-            return self._set(job_id, "running", stop="cancel")
+            return self._set(job_id, "queued", state="cancelled", stop="cancel") or self._set(
+                job_id, "running", stop="cancel"
+            )
 
     def keep(self, job_id: str) -> bool:
         """Stop after this step and make the picture of what is there; False unless it is being drawn."""
@@ -239,35 +353,53 @@ class Engine:
             job = self._jobs.get(job_id)
             return job is not None and job.stop is None and self._set(job_id, "running", stop="keep")
 
-    async def watch(self, job_id: str) -> AsyncIterator[Job]:
-        """The job now and after each change, fast ones in one, until it has ended. Any number may watch."""
-        version = -1
-        while (job := self.get(job_id)) is not None:
-            if job.version != version:
-                version = job.version
-                yield job
-                if job.done:
+    async def watch(self, job_id: str, *, repeat: float = math.inf) -> AsyncIterator[Job]:
+        """The job now and after each change, fast ones in one, until it has ended or the server stops.
+
+        Any number may watch. Without a change it comes again after `repeat` seconds.
+        """
+        ended, loop = asyncio.Event(), asyncio.get_running_loop()
+
+        def wake() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody watches any more
+                loop.call_soon_threadsafe(ended.set)
+
+        with self._changed:
+            self._watchers.setdefault(job_id, set()).add(wake)
+        try:
+            version, told = -1, 0.0
+            while (job := self.get(job_id)) is not None:
+                if job.version != version or time.monotonic() - told >= repeat:
+                    version, told = job.version, time.monotonic()
+                    yield job
+                if job.done or (self._status.state == "stopping" and job.state == "queued"):
                     return
-            await asyncio.sleep(WATCH_SECONDS)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(ended.wait(), WATCH_SECONDS)
+                ended.clear()
+        finally:
+            with self._changed:
+                self._watchers[job_id].discard(wake)
+                if not self._watchers[job_id]:
+                    del self._watchers[job_id]
 
     def stop(self, *, within: float) -> bool:
-        """Take no more jobs, cancel the waiting, give the running one `within` seconds; True if all ended."""
+        """Take and begin no more jobs, give the running one `within` seconds; True if the device is at rest.
+
+        What waits, and what does not end in time, stays queued in the store for the next process.
+        """
         with self._changed:
             self._stopping = True
             self._status = replace(
                 self._status, state="stopping", text="The server is stopping: try again later."
             )
-            for job_id in list(self._queue):
-                self._queue.remove(job_id)
-                self._set(job_id, "queued", state="cancelled", error="The server was stopped.")
             self._changed.notify_all()
             worker = self._worker
         if worker is None:
             return True
         worker.join(within)
         if worker.is_alive():
-            for job in list(self._jobs.values()):
-                self.cancel(job.id)
+            self._out_of_time = True
             worker.join(within)
         return not worker.is_alive()
 
@@ -289,9 +421,11 @@ class Engine:
                 self._changed.wait_for(lambda: self._queue or self._stopping)
                 if self._stopping:
                     return
-                job_id = self._queue.popleft()
-                self._set(job_id, "queued", state="running")
-            if not self._execute(job_id):
+                job_id = self._queue[0]
+                attempts = self._jobs[job_id].attempts + 1
+            if self._persist(job_id, "queued", state="running", attempts=attempts) and not self._execute(
+                job_id
+            ):
                 return
 
     def _load(self) -> bool:
@@ -320,12 +454,16 @@ class Engine:
         """Run one job to its end; False when the device is of no use any more."""
         from uso.serve.device import DeviceFault
 
-        work = self._jobs[job_id].work
+        job = self._jobs[job_id]
         began = time.monotonic()
         try:
+            pictures = {name: self.files.open(picture, field=name) for name, picture in job.pictures.items()}
+            work = Work.of(
+                job.request, pictures, width=job.work.width, height=job.work.height, seed=job.work.seed
+            )
             for event in self.run(
                 work,
-                lambda: self._jobs[job_id].stop == "cancel",
+                lambda: self._out_of_time or self._jobs[job_id].stop == "cancel",
                 keep=lambda: self._jobs[job_id].stop == "keep",
             ):
                 if isinstance(event, Drawn):
@@ -335,7 +473,8 @@ class Engine:
                     began = time.monotonic()
                 self._report(job_id, event, time.monotonic() - began)
         except Cancelled:
-            self._finish(job_id, state="cancelled")
+            if not self._requeue(job_id):
+                self._finish(job_id, state="cancelled")
         except DeviceFault as error:
             self._finish(job_id, state="failed", error=str(error))
             self._give_up("broken", str(error))
@@ -355,6 +494,8 @@ class Engine:
             left = self._estimate(job_id) or None
         else:
             left = seconds / event.step * (job.work.num_steps - event.step) + decoding
+        drawing = event.phase == "drawing" and event.step > 0
+        line = f"Step {event.step} of {job.work.num_steps}" if drawing else event.phase.capitalize()
         self._set(
             job_id,
             "running",
@@ -362,6 +503,7 @@ class Engine:
             step=event.step,
             seconds_left=left,
             preview=event.preview or job.preview,
+            logs=job.logs if job.logs[-1:] == (line,) else (*job.logs, line),
         )
 
     def _complete(self, job_id: str, drawn: Drawn) -> None:
@@ -373,51 +515,195 @@ class Engine:
             height=work.height,
             seed=work.seed,
             model=self.model,
-            image_sha256=job.image_sha256,
+            image_sha256={name: picture.file.sha256 for name, picture in job.pictures.items()},
         )
         if drawn.steps < work.num_steps:
             parameters["stopped_at_step"] = drawn.steps
             notes.append(f"Stopped after {drawn.steps} of {work.num_steps} steps.")
-        path = Path(self._folder.name) / f"uso-{job_id}.png"
-        save_png(drawn.image, path, parameters)
+        png = io.BytesIO()
+        save_png(drawn.image, png, parameters)
+        file = self.files.write(png.getvalue(), filename="generated_image.png", content_type="image/png")
         self._pace = _Pace.of(work, drawn)
-        result = Result(path, parameters, drawn.seconds, drawn.memory)
+        result = Result(self.files.path(file.id), parameters, drawn.seconds, drawn.memory, file)
         self._finish(job_id, state="completed", result=result, notes=tuple(notes))
 
     def _finish(self, job_id: str, *, state: State, **changes: Any) -> None:
-        """End a running job. A cancel that was promised holds, even if the picture was finished meanwhile."""
+        self._persist(job_id, "running", state=state, **changes)
+
+    def _requeue(self, job_id: str) -> bool:
+        """Give a running job back, for the next process; the attempt does not count. False if cancelled."""
         with self._changed:
-            if self._jobs[job_id].stop == "cancel":
-                state, changes = "cancelled", {}
-            self._set(job_id, "running", state=state, preview=None, seconds_left=None, **changes)
+            job = self._jobs[job_id]
+            return job.stop != "cancel" and self._persist(
+                job_id, "running", state="queued", stop=None, attempts=job.attempts - 1, step=0, logs=()
+            )
 
     def _give_up(self, state: Literal["failed", "broken"], text: str) -> None:
         with self._changed:
             self._status = Status(state, text)
-            while self._queue:
-                self._set(self._queue.popleft(), "queued", state="failed", error=text)
+            waiting = list(self._queue)
+        for job_id in waiting:
+            self._persist(job_id, "queued", state="failed", error=text)
+
+    def _persist(self, job_id: str, expected: State, **changes: Any) -> bool:
+        """`_set` for the worker, who must not lose what it did because the disk is full for a while."""
+        while True:
+            try:
+                return self._set(job_id, expected, **changes)
+            except (sqlite3.Error, OSError):
+                logger.exception("The state of job %s cannot be stored", job_id)
+                if self._stopping:
+                    return False
+                time.sleep(RETRY_SECONDS)
 
     def _set(self, job_id: str, expected: State, **changes: Any) -> bool:
-        """Change a job if it is in the `expected` state; the only place where one changes."""
+        """Change a job if it is in the `expected` state; the only place where one changes.
+
+        A change of state, or a stop that is promised, is stored before anybody can see it.
+        """
         with self._changed:
-            job = self._jobs.get(job_id)
-            if job is None or job.state != expected:
+            before = self._jobs.get(job_id)
+            if before is None or before.state != expected:
                 return False
-            job = replace(job, version=job.version + 1, **changes)
+            job = replace(before, version=before.version + 1, updated_at=time.time(), **changes)
+            if job.done and job.stop == "cancel" and job.state != "cancelled":
+                job = replace(job, state="cancelled", result=None, error=None)  # promised meanwhile
+            if job.state != "running":
+                job = replace(job, preview=None, seconds_left=None)
+            if (job.state, job.stop) != (before.state, before.stop):
+                with self._store.transaction() as db:
+                    _update(db, job)
+            if before.state == "queued" != job.state:
+                self._queue.remove(job_id)
+            elif job.state == "queued" != before.state:
+                self._queue.appendleft(job_id)
             if job.done:
-                job = replace(job, work=replace(job.work, content_image=None, style_images=()))
-            self._jobs[job_id] = job
-            if job.done:
-                self._forget_oldest()
+                del self._jobs[job_id]
+                self._remember(job)
+                for wake in self._watchers.get(job_id, ()):
+                    wake()
+            else:
+                self._jobs[job_id] = job
             self._changed.notify_all()
             return True
 
-    def _forget_oldest(self) -> None:
-        done = [job for job in self._jobs.values() if job.done]
-        for job in done[:-KEPT_JOBS]:
-            if job.result:
-                job.result.path.unlink(missing_ok=True)
-            del self._jobs[job.id]
+    def _remember(self, job: Job) -> Job:
+        self._finished[job.id] = job
+        while len(self._finished) > REMEMBERED_JOBS:
+            self._finished.popitem(last=False)
+        return job
+
+    # The store
+
+    def _take_up(self) -> None:
+        """Continue with what a former process left: queued again in their order, unless tried too often."""
+        rows = self._store.all("SELECT * FROM tasks WHERE state IN ('queued', 'running') ORDER BY number")
+        for row in rows:
+            job = self._jobs[row["id"]] = self._of_row(row)
+            if job.state == "queued":
+                self._queue.append(job.id)
+            elif job.stop == "cancel":
+                self._set(job.id, "running", state="cancelled")
+            elif job.attempts < self.max_attempts:
+                self._set(job.id, "running", state="queued", stop=None)
+            else:
+                error = f"The server ended {job.attempts} times while this was drawn: it is not tried again."
+                self._set(job.id, "running", state="failed", error=error)
+
+    def _of_row(self, row: sqlite3.Row) -> Job:
+        request = parse_request(json.loads(row["request"]))
+        result = json.loads(row["result"]) if row["result"] else None
+        if result:
+            file = StoredFile(**result.pop("file"))
+            result = Result(self.files.path(file.id), file=file, **result)
+        pictures = json.loads(row["pictures"])
+        return Job(
+            row["id"],
+            request,
+            Work.of(request, {}, width=row["width"], height=row["height"], seed=row["seed"]),
+            {name: Picture.of(picture) for name, picture in pictures.items()},
+            Origin(
+                **{key: row[key] for key in ("owner", "batch", "session_id", "webhook", "base_url")},
+                legacy=bool(row["legacy"]),
+            ),
+            tuple(json.loads(row["notes"])),
+            row["state"],
+            attempts=row["attempts"],
+            stop=row["stop"],
+            logs=tuple(json.loads(row["logs"])),
+            error=row["error"],
+            result=result,
+            created_at=row["created_at"],
+            updated_at=row["updated_at"],
+        )
+
+
+def _insert(db: sqlite3.Connection, job: Job) -> None:
+    values = {
+        "id": job.id,
+        **asdict(job.origin),
+        "state": job.state,
+        "request": job.request.model_dump_json(exclude_unset=True),
+        "pictures": json.dumps({name: asdict(picture) for name, picture in job.pictures.items()}),
+        "width": job.work.width,
+        "height": job.work.height,
+        "seed": job.work.seed,
+        "notes": json.dumps(job.notes),
+        "created_at": job.created_at,
+        "updated_at": job.updated_at,
+    }
+    marks = ", ".join(f":{name}" for name in values)
+    db.execute(f"INSERT INTO tasks ({', '.join(values)}) VALUES ({marks})", values)
+    db.executemany(
+        "INSERT OR IGNORE INTO task_files VALUES (?, ?, 'input')",
+        [(job.id, picture.file.id) for picture in job.pictures.values()],
+    )
+
+
+def _update(db: sqlite3.Connection, job: Job) -> None:
+    """Store what has changed; with the end come the row of the picture and the webhook to send."""
+    result = job.result
+    db.execute(
+        "UPDATE tasks SET state = ?, stop = ?, attempts = ?, notes = ?, logs = ?, result = ?, error = ?,"
+        " updated_at = ? WHERE id = ?",
+        (
+            job.state,
+            job.stop,
+            job.attempts,
+            json.dumps(job.notes),
+            json.dumps(job.logs),
+            json.dumps({key: value for key, value in asdict(result).items() if key != "path"})
+            if result
+            else None,
+            job.error,
+            job.updated_at,
+            job.id,
+        ),
+    )
+    if result:
+        Files.insert(db, result.file, owner=job.origin.owner)
+        db.execute("INSERT INTO task_files VALUES (?, ?, 'output')", (job.id, result.file.id))
+    if job.done and job.origin.webhook:
+        told = {
+            "id": job.id,
+            "state": job.state,
+            "output": result.output(job.origin.base_url) if result else None,
+            "error": job.error,
+            "session_id": job.origin.session_id,
+            "created_at": job.created_at,
+            "updated_at": job.updated_at,
+        }
+        db.execute(
+            "INSERT INTO outbox (id, task_id, url, body, created_at, next_try_at) VALUES (?, ?, ?, ?, ?, ?)",
+            (
+                f"msg_{secrets.token_urlsafe(18)}",
+                job.id,
+                job.origin.webhook,
+                payload(told),
+                job.updated_at,
+                job.updated_at,
+            ),
+        )
 
 
 def _sentence(error: Exception) -> str:
