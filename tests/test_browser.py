@@ -21,6 +21,7 @@ from gradio_client import Client, handle_file
 from PIL import Image
 from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 
+from uso.images import MAX_BYTES
 from uso.metadata import read_parameters
 from uso.schema import GenerationRequest
 
@@ -29,7 +30,7 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium"),
 ]
 ROOT = Path(__file__).parent.parent
-SUBJECT, STYLE = (ROOT / "assets" / "examples" / name for name in ("fox.jpg", "stained-glass.jpg"))
+SUBJECT, STYLE = (ROOT / "assets" / "examples" / name for name in ("fox.jpg", "pop-art.jpg"))
 FLAGS = [
     "--headless",
     "--no-sandbox",
@@ -51,6 +52,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         port = probe.getsockname()[1]
     folder = tmp_path_factory.mktemp("server")
     environment = os.environ | {"USO_PORT": str(port), "USO_MODEL": "nano", "GRADIO_TEMP_DIR": str(folder)}
+    environment |= {"USO_DATA_DIR": str(folder / "data")}
     process = subprocess.Popen([sys.executable, str(ROOT / "app.py")], cwd=folder, env=environment)
     url = f"http://127.0.0.1:{port}"
     deadline = time.monotonic() + 60
@@ -164,7 +166,10 @@ def test_the_whole_first_use(visit: Callable[..., Page], width: int, tmp_path: P
     assert (parameters["prompt"], parameters["num_steps"]) == ("a fox", 10)
     assert (parameters["width"], parameters["height"]) == (1024, 1024)
     assert set(parameters["image_sha256"]) == {"content_image", "style_image"}
-    page.click("#as_style")
+    for button, slot in (("#as_style", "#style_image"), ("#as_subject", "#content_image")):
+        page.click(button)
+        expect(page.locator("#said")).to_contain_text("It is in the slot", timeout=WAIT)
+        holds(page, slot, (tmp_path / "picture.png").read_bytes())
     page.click("#same_seed")
     page.get_by_role("button", name="Details").click()
     expect(page.locator("#seed input")).to_have_value(seed[1], timeout=WAIT)
@@ -174,6 +179,61 @@ def test_the_whole_first_use(visit: Callable[..., Page], width: int, tmp_path: P
             assert box is not None
             assert box["y"] + box["height"] <= 900
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def holds(page: Page, slot: str, picture: bytes) -> None:
+    """The slot's picture becomes the given one, byte by byte."""
+    deadline = time.monotonic() + WAIT / 1000
+    while page.request.get(str(page.locator(f"{slot} img").get_attribute("src"))).body() != picture:
+        assert time.monotonic() < deadline
+        page.wait_for_timeout(200)
+
+
+def test_a_picture_is_copied_and_pasted(visit: Callable[..., Page]) -> None:
+    page = visit()
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.click("#generate")
+    says(page, "Done in")
+    page.locator("#copy").focus()
+    page.keyboard.press("Enter")
+    expect(page.locator("#said[role=status]")).to_contain_text("Copied", timeout=WAIT)
+    page.locator("#style_image").get_by_label("Paste from clipboard").click()
+    expect(page.locator("#style_image img")).to_be_visible(timeout=WAIT)
+    page.locator("#prompt textarea").focus()
+    for slot in ("content_image", "extra_style_image"):  # the first empty one, and the next
+        page.keyboard.press("Control+v")
+        expect(page.locator(f"#{slot} img")).to_be_visible(timeout=WAIT)
+    page.evaluate("Object.defineProperty(navigator, 'clipboard', {value: undefined})")  # as without https
+    page.click("#copy")
+    expect(page.locator("#said .problem")).to_contain_text("use Download PNG", timeout=WAIT)
+
+
+def test_a_file_above_the_limit_is_said_below_its_slot(visit: Callable[..., Page], tmp_path: Path) -> None:
+    page = visit()
+    large = tmp_path / "large.png"
+    with large.open("wb") as file:
+        file.truncate(MAX_BYTES + 1)
+    page.set_input_files("#style_image input[type=file]", large)
+    problem = page.locator("#slots .slot").nth(1).locator(".problem[role=alert]")
+    expect(problem).to_contain_text("The file has 51 MB, the limit is 50 MB", timeout=WAIT)
+    expect(page.locator("#style_image img")).to_have_count(0)
+    upload(page, "style_image", STYLE)
+    expect(problem).to_have_count(0)
+    notes = tmp_path / "notes.txt"
+    notes.write_text("not a picture")
+    page.set_input_files("#style_image input[type=file]", notes)
+    expect(problem).to_contain_text("notes.txt is not a picture", timeout=WAIT)
+    expect(page.locator("#style_image img")).to_have_count(1)
+
+
+def test_a_server_that_is_gone_is_told(visit: Callable[..., Page]) -> None:
+    page = visit()
+    page.context.set_offline(True)
+    expect(page.locator("#state [role=alert]")).to_contain_text("does not answer", timeout=WAIT)
+    expect(page.locator("#status")).to_be_hidden()
+    page.context.set_offline(False)
+    says(page, "Ready")
+    expect(page.locator("#gone")).to_have_count(0, timeout=WAIT)
 
 
 def test_progress_moves_and_cancel_stops_it_after_a_reload(visit: Callable[..., Page]) -> None:
@@ -205,11 +265,13 @@ def test_keep_gives_the_picture_that_is_there(visit: Callable[..., Page], tmp_pa
 
 
 def test_two_visitors_see_their_own_jobs(visit: Callable[..., Page]) -> None:
-    first, second = visit(), visit()
+    first, second, idle = visit(), visit(), visit()
+    expect(idle.locator("#queue")).to_have_text("Queue 0")
     ask_for_a_long_one(first)
     second.click("#generate")
     says(second, "Queued: 1 before yours")
-    expect(second.locator("#queue")).to_contain_text("2")
+    for page in (second, idle):
+        expect(page.locator("#queue")).to_contain_text("Queue 2", timeout=WAIT)
     says(first, "of 50")
     first.click("#cancel")
     says(first, "Cancelled")

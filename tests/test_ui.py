@@ -1,10 +1,12 @@
 """The page is the schema's: same fields, bounds, defaults and words; and what it says is true."""
 
+import asyncio
 import dataclasses
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from uso.errors import InputError
 from uso.schema import GenerationRequest, bounds, parse_request
 from uso.serve import intents, ui, words
 from uso.serve.engine import Engine, Job, Result, Status
+from uso.serve.files import Files, StoredFile
 from uso.settings import Settings
 
 
@@ -61,19 +64,21 @@ def test_only_uploaded_files_are_read(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "Subject is not on the server any more" in told
 
 
-def test_the_form_is_read_as_the_schema_says(tmp_path: Path) -> None:
+def test_the_form_is_read_as_the_schema_says(tmp_path: Path, engine: Engine) -> None:
     path = tmp_path / "subject.png"
     Image.new("RGB", (64, 48), "red").save(path)
     form = {name: field.default for name, field in GenerationRequest.model_fields.items()}
     form |= {"prompt": "a fox", "content_image": {"path": str(path)}, "width": 1024, "height": 512}
-    request, pictures, hashes = ui.read_form(form, auto_size=True)
+    kept: dict[str, Any] = {"files": engine.files, "owner": "page:me"}
+    request, pictures = ui.read_form(form, auto_size=True, **kept)
     assert (request.width, request.height) == (None, None)
-    assert pictures["content_image"].size == (64, 48)
-    assert list(hashes) == ["content_image"]
-    request, _, _ = ui.read_form(form, auto_size=False)
+    subject = pictures["content_image"]
+    assert (subject.width, subject.height) == (64, 48)
+    assert engine.files.path(subject.file.id).read_bytes() == path.read_bytes()
+    request, _ = ui.read_form(form, auto_size=False, **kept)
     assert (request.width, request.height) == (1024, 512)
     with pytest.raises(InputError, match="`guidance` must be"):
-        ui.read_form(form | {"guidance": 9}, auto_size=True)
+        ui.read_form(form | {"guidance": 9}, auto_size=True, **kept)
 
 
 def test_a_wrong_file_is_told_below_its_slot(tmp_path: Path) -> None:
@@ -86,7 +91,7 @@ def test_a_wrong_file_is_told_below_its_slot(tmp_path: Path) -> None:
 
 
 def job(engine: Engine, **changes: Any) -> Job:
-    made = engine.submit(parse_request({"prompt": "", "seed": 7}), {}, {})
+    made = engine.submit(parse_request({"prompt": "", "seed": 7}), {})
     made = dataclasses.replace(made, **changes)
     engine._jobs[made.id] = made
     return made
@@ -101,11 +106,63 @@ def test_the_status_line_is_always_true(engine: Engine) -> None:
     assert "Queued: 1 before yours" in words.status_line(engine, [waiting])
     failed = job(engine, state="failed", error="<b>No</b> memory.")
     assert "&lt;b&gt;No&lt;/b&gt; memory." in words.status_line(engine, [failed])
-    result = Result(Path("x.png"), {}, {"encoding": 1.0, "drawing": 2.0, "decoding": 1.1}, "full")
+    seconds: dict[Any, float] = {"encoding": 1.0, "drawing": 2.0, "decoding": 1.1}
+    result = Result(Path("x.png"), {}, seconds, "full", StoredFile("x.png", "", "", "", 0, ""))
     done = job(engine, state="completed", result=result, notes=("keep_size has no effect.",))
-    assert "Done in 4.1 s. keep_size has no effect." in words.status_line(engine, [failed, done])
+    assert "Done in 4.1 s. Keep the subject&#x27;s shape has no effect." in words.status_line(
+        engine, [failed, done]
+    )
     engine._status = Status("loading", "Loading vae", 0.5)
     assert "Loading vae" in words.status_line(engine, [waiting])
+
+
+def test_a_closed_tab_ends_its_watcher_and_not_its_job(engine: Engine) -> None:
+    handlers = {fn.name: fn.fn for fn in ui.build_page(engine).fns.values()}
+    form = [field.default for field in GenerationRequest.model_fields.values()]
+    handlers["submit"]("visitor", "Auto", 2, "a fox", *form[1:])
+
+    async def open_and_close_a_tab() -> None:
+        tab = handlers["watch"]("visitor", SimpleNamespace(session_hash="tab"))
+        assert "Queued: next" in str(await anext(tab))
+        await tab.aclose()
+        with pytest.raises(StopAsyncIteration):
+            await anext(tab)
+
+    asyncio.run(open_and_close_a_tab())
+    assert engine.waiting == 2
+    assert not any(job.done for job in engine._jobs.values())
+
+
+def test_a_visitor_finds_the_own_jobs_after_a_restart(engine: Engine) -> None:
+    handlers = {fn.name: fn.fn for fn in ui.build_page(engine).fns.values()}
+    form = [field.default for field in GenerationRequest.model_fields.values()]
+    for pictures in (2, 1):
+        handlers["submit"]("visitor", "Auto", pictures, "a fox", *form[1:])
+    restarted = Engine(lambda progress: FakePipeline(), model="fake", files=Files(engine.files.store))
+    visitor = ui.Visitors(restarted).get("visitor")
+    assert [len(batch) for batch in visitor.batches] == [2, 1]
+    assert [job.state for job in visitor.jobs(restarted)] == ["queued"] * 3
+    assert ui.Visitors(restarted).get("another").batches == []
+
+
+@pytest.mark.parametrize("key", ["", "visitor"])
+def test_no_visitor_sees_what_api_clients_asked_for(engine: Engine, key: str) -> None:
+    (generate,) = [f for f in ui.build_page(engine).fns.values() if f.api_name == "generate"]
+    form = [field.default for field in GenerationRequest.model_fields.values()]
+    with pytest.raises(TimeoutError):  # the engine was not started: the job waits
+        asyncio.run(asyncio.wait_for(generate.fn("a fox", *form[1:]), 0.5))
+    assert engine.batches(ui.CLIENTS)
+    assert ui.Visitors(engine).get(key).batches == []
+
+
+def test_whoever_waits_for_nothing_still_sees_the_queue_and_a_lost_device(engine: Engine) -> None:
+    handlers = {fn.name: fn.fn for fn in ui.build_page(engine).fns.values()}
+    assert handlers["idle"]("visitor")[0]["value"] == "Queue 0"
+    job(engine)
+    engine._status = Status("broken", "Restart the server.")
+    queue, status, _ = handlers["idle"]("visitor")
+    assert queue["value"] == "Queue 1"
+    assert "Restart the server." in status["value"]
 
 
 @pytest.mark.parametrize(
@@ -127,6 +184,14 @@ def test_strangers_need_a_password(settings: dict[str, Any], refused: str | None
     else:
         with pytest.raises(InputError, match=refused):
             ui.check_exposure(Settings(**settings))
+
+
+@pytest.mark.parametrize(("model", "works"), [("flux-schnell", False), ("flux-dev", True), ("nano", True)])
+def test_a_control_without_effect_says_so(engine: Engine, model: str, works: bool) -> None:
+    engine.model = model
+    (guidance,) = (c for c in ui.build_page(engine).blocks.values() if c.elem_id == "guidance")
+    assert (guidance.interactive is not False) is works
+    assert ("takes no guidance" not in guidance.info) is works
 
 
 def test_an_intent_sets_what_it_says_and_has_an_example() -> None:

@@ -25,7 +25,7 @@ INTENTS = (
         "Restyle",
         "Empty prompt, the subject's shape, full subject detail. Drop a subject and a style.",
         {"prompt": "", "keep_size": True, "content_long_size": 1024},
-        {"content_image": "fox.jpg", "style_image": "stained-glass.jpg"},
+        {"content_image": "fox.jpg", "style_image": "pop-art.jpg"},
     ),
     Intent(
         "New scene",
@@ -33,7 +33,7 @@ INTENTS = (
         {"keep_size": False, "content_long_size": 512},
         {
             "content_image": "sailboat.jpg",
-            "style_image": "oil.jpg",
+            "style_image": "gradient-map.jpg",
             "prompt": "a sailboat in front of mountains",
         },
     ),
@@ -41,13 +41,13 @@ INTENTS = (
         "Style only",
         "No subject. Drop a style and say in the prompt what to draw in it.",
         {"content_image": None, "keep_size": False},
-        {"style_image": "neon.jpg", "prompt": "an owl"},
+        {"style_image": "pop-art.jpg", "prompt": "an owl"},
     ),
     Intent(
         "Mix styles",
         "Both styles count alike. Drop two styles, and a subject or a prompt.",
         {"keep_size": False},
-        {"content_image": "fox.jpg", "style_image": "halftone.jpg", "extra_style_image": "oil.jpg"},
+        {"content_image": "fox.jpg", "style_image": "delft-tile.jpg", "extra_style_image": "halftone.jpg"},
     ),
     Intent(
         "Text",

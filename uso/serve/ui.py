@@ -12,12 +12,11 @@ import json
 import logging
 import os
 import secrets
-import signal
-import threading
 import time
 import zlib
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,19 +24,31 @@ from typing import Any
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read at import: no outgoing requests
 
 import gradio as gr
+import safehttpx
 from gradio.utils import get_upload_folder
-from PIL import Image
 from starlette.datastructures import MutableHeaders
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from uso.errors import InputError, USOError
 from uso.images import MAX_BYTES, open_image
 from uso.schema import SEED_MAX, GenerationRequest, bounds, parse_request
-from uso.serve.engine import Engine, Job, LoadProgress
+from uso.serve.engine import Engine, Job, Origin
+from uso.serve.files import Files, Picture
 from uso.serve.intents import EXAMPLES, INTENTS, PICTURES, Intent, thumbnail
-from uso.serve.words import announcement, hint, info_line, problem, seconds_text, status_line, title, told
+from uso.serve.words import (
+    announcement,
+    hint,
+    info_line,
+    problem,
+    seconds_text,
+    status_line,
+    takes_guidance,
+    title,
+    told,
+)
 from uso.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -47,7 +58,7 @@ MAX_PICTURES = 8
 VISITORS_KEPT = 1000
 BATCHES_KEPT = 100  # of one visitor
 JOBS_SHOWN = 24  # of one visitor, in the strip below the picture
-STOP_SECONDS = 20.0
+IDLE_SECONDS = 5.0  # between looks at the queue while a visitor waits for nothing
 SIZES = {
     "Auto": None,
     "Square": (1024, 1024),
@@ -56,6 +67,8 @@ SIZES = {
     "Custom": None,
 }
 EMPTY = "Drop a subject and a style, or click an example below.<br>The picture forms here."
+CLIENTS = "page:"  # owner of what gradio_client asks for: no visitor's, not even one's without a key
+GONE = "That picture is not on the server any more: use the downloaded file, or draw it again."
 
 # Handlers only look at the engine and never wait for it, so none need queue behind another.
 QUIET: dict[str, Any] = {
@@ -79,14 +92,18 @@ class Visitor:
 
 
 class Visitors:
-    """Who has which jobs: by a random key that only the visitor's browser knows. The oldest are forgotten."""
+    """Who has which jobs: by a random key that only the visitor's browser knows; the engine has its hash."""
 
-    def __init__(self) -> None:
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
         self._visitors: OrderedDict[str, Visitor] = OrderedDict()
         self._turns: OrderedDict[str, int] = OrderedDict()
 
     def get(self, key: str) -> Visitor:
-        visitor = self._visitors.setdefault(key, Visitor())
+        visitor = self._visitors.get(key)
+        if visitor is None:
+            batches = self._engine.batches(owner_of(key))[-BATCHES_KEPT:]
+            visitor = self._visitors.setdefault(key, Visitor(batches))
         self._visitors.move_to_end(key)
         while len(self._visitors) > VISITORS_KEPT:
             self._visitors.popitem(last=False)
@@ -102,7 +119,7 @@ class Visitors:
 
 def build_page(engine: Engine) -> gr.Blocks:
     """The page over `engine`. Every field of the schema is a component with the field's name as `elem_id`."""
-    visitors = Visitors()
+    visitors = Visitors(engine)
 
     with gr.Blocks(
         title="USO: any subject in any style", fill_width=True, delete_cache=(3600, 86400)
@@ -140,7 +157,10 @@ def build_page(engine: Engine) -> gr.Blocks:
                     controls["keep_size"] = gr.Checkbox(value=_default("keep_size"), **_words("keep_size"))
                 with gr.Accordion("Details", open=False, elem_id="details"):
                     for name in ("num_steps", "guidance", "content_long_size"):
-                        controls[name] = gr.Slider(value=_default(name), **bounds(name), **_words(name))
+                        words = _words(name)
+                        if name == "guidance" and not takes_guidance(engine.model):
+                            words |= {"info": f"{engine.model} takes no guidance.", "interactive": False}
+                        controls[name] = gr.Slider(value=_default(name), **bounds(name), **words)
                     with gr.Row():
                         controls["seed"] = gr.Number(
                             value=_default("seed"), precision=0, **bounds("seed"), **_words("seed")
@@ -176,12 +196,15 @@ def build_page(engine: Engine) -> gr.Blocks:
                     retry = gr.Button(
                         "Try again", elem_id="retry", size="sm", min_width=90, scale=0, visible=False
                     )
-                info = gr.HTML(elem_id="info")
+                with gr.Row(elem_id="facts"):
+                    info = gr.HTML(elem_id="info")
+                    said = gr.HTML(elem_id="said")
                 with gr.Row(elem_id="uses"):
                     download = gr.DownloadButton("Download PNG", elem_id="download", size="sm", min_width=110)
                     as_subject = gr.Button("Use as subject", elem_id="as_subject", size="sm", min_width=110)
                     as_style = gr.Button("Use as style", elem_id="as_style", size="sm", min_width=110)
                     same_seed = gr.Button("Same seed", elem_id="same_seed", size="sm", min_width=90)
+                    copy = gr.Button("Copy", elem_id="copy", size="sm", min_width=60)
                 strip = gr.Gallery(
                     elem_id="strip",
                     format="png",
@@ -223,11 +246,13 @@ def build_page(engine: Engine) -> gr.Blocks:
             "as_subject": as_subject,
             "as_style": as_style,
             "same_seed": same_seed,
+            "copy": copy,
             "announce": announce,
         }
 
         def submit(visitor_key: str, shape: str, pictures: float, *values: Any) -> list[Any]:
-            """Queue the pictures; returns the slots' hints and the message beside the button."""
+            """Queue the pictures; returns the slots' hints, the message beside the button, and what the last
+            picture's buttons said: nothing any more."""
             answers = {name: hint(name) for name in PICTURES} | {"": ""}
             visitor = visitors.get(visitor_key)
             jobs: list[str] = []
@@ -237,18 +262,20 @@ def build_page(engine: Engine) -> gr.Blocks:
                 if pictures not in range(1, MAX_PICTURES + 1):
                     raise InputError(f"Pictures must be a whole number from 1 to {MAX_PICTURES}.")
                 form = dict(zip(GenerationRequest.model_fields, values, strict=True))
-                request, opened, hashes = read_form(form, auto_size=shape == "Auto")
+                owner = owner_of(visitor_key)
+                request, opened = read_form(form, auto_size=shape == "Auto", files=engine.files, owner=owner)
+                origin = Origin(owner, batch=secrets.token_urlsafe(6))
                 for number in range(int(pictures)):
                     seed = request.seed if request.seed < 0 else (request.seed + number) % (SEED_MAX + 1)
                     one = request.model_copy(update={"seed": seed})
-                    jobs.append(engine.submit(one, opened, hashes).id)
+                    jobs.append(engine.submit(one, opened, origin).id)
             except USOError as error:
                 at = error.field if isinstance(error, InputError) and error.field in answers else ""
                 answers[at or ""] = problem(str(error))
             if jobs:
                 visitor.batches = [*visitor.batches, jobs][-BATCHES_KEPT:]
                 visitor.picked = None
-            return list(answers.values())
+            return [*answers.values(), ""]
 
         async def watch(visitor_key: str, request: gr.Request) -> AsyncIterator[list[Any]]:
             """Show what changes until nothing is left to happen, or the tab begins another watch."""
@@ -286,13 +313,26 @@ def build_page(engine: Engine) -> gr.Blocks:
             done = pictures_of(visitor.jobs(engine))
             visitor.picked = done[event.index].id if event.index < len(done) else None
 
-        def use(visitor_key: str) -> str | None:
+        def use(visitor_key: str, name: str) -> list[Any]:
             job = shown_job(visitors.get(visitor_key), engine)
-            return str(job.result.path) if job and job.result else None
+            if job is None or job.result is None:
+                return [gr.skip(), problem(GONE)]
+            slot = GenerationRequest.model_fields[name].title
+            return [str(job.result.path), told(f"It is in the slot {slot} now.")]
 
-        def seed_of(visitor_key: str) -> int:
+        def seed_of(visitor_key: str) -> list[Any]:
             job = shown_job(visitors.get(visitor_key), engine)
-            return job.work.seed if job else -1
+            if job is None:
+                return [gr.skip(), problem(GONE)]
+            return [job.work.seed, told(f"Seed {job.work.seed} is set in Details.")]
+
+        def idle(visitor_key: str) -> list[Any]:
+            """What may change while nobody watches: the queue, and whether the engine is well."""
+            visitor = visitors.get(visitor_key)
+            view = look(engine, visitor)
+            if not all(job.done for job in visitor.jobs(engine)):
+                return [view["queue"]["value"], gr.skip(), gr.skip()]  # a watcher is at it
+            return [gr.update(**view[name]) for name in ("queue", "status", "retry")]
 
         def advise(shape: str, pictures: float, *values: Any) -> str:
             """What stands beside Generate: how long it takes, or what cannot have an effect."""
@@ -343,7 +383,10 @@ def build_page(engine: Engine) -> gr.Blocks:
             """Draw one picture; returns the PNG and its parameters as executed."""
             form = {name: value for name, value in locals().items() if name in GenerationRequest.model_fields}
             try:
-                job = engine.submit(*await asyncio.to_thread(read_form, form, auto_size=False))
+                given = await asyncio.to_thread(
+                    read_form, form, auto_size=False, files=engine.files, owner=CLIENTS
+                )
+                job = await asyncio.to_thread(engine.submit, *given, Origin(CLIENTS))
             except USOError as error:
                 raise gr.Error(str(error), print_exception=False) from error
             try:
@@ -377,7 +420,7 @@ def build_page(engine: Engine) -> gr.Blocks:
             [generate.click, controls["prompt"].submit],
             submit,
             [key, *form],
-            [*hints.values(), message],
+            [*hints.values(), message, said],
             preprocess=False,
             **QUIET,
         ).then(**watching).then(**advising)
@@ -385,9 +428,11 @@ def build_page(engine: Engine) -> gr.Blocks:
         cancel.click(stop, key, **QUIET)
         keep.click(keep_picture, key, **QUIET)
         strip.select(pick, key, **QUIET).then(**watching)
-        as_subject.click(use, key, controls["content_image"], **QUIET)
-        as_style.click(use, key, controls["style_image"], **QUIET)
-        same_seed.click(seed_of, key, controls["seed"], **QUIET)
+        for button, name in ((as_subject, "content_image"), (as_style, "style_image")):
+            button.click(lambda key, name=name: use(key, name), key, [controls[name], said], **QUIET)
+        same_seed.click(seed_of, key, [controls["seed"], said], **QUIET)
+        copy.click(None, None, said, js="() => copyPicture()")  # in page.html
+        gr.Timer(IDLE_SECONDS).tick(idle, key, [queue, status, retry], **QUIET)
         size.change(choose_shape, size, [sides, controls["width"], controls["height"]], **QUIET)
         # For gradio_client, which takes types and defaults from the components (None: from the function). On
         # the page a size is always there; here it may be left out.
@@ -415,18 +460,25 @@ def build_page(engine: Engine) -> gr.Blocks:
     return page
 
 
+def owner_of(visitor_key: str) -> str:
+    """Under which name a visitor's jobs and files are stored; the key itself is not."""
+    return f"page:{hashlib.sha256(visitor_key.encode()).hexdigest()}"
+
+
 def read_form(
-    form: dict[str, Any], *, auto_size: bool
-) -> tuple[GenerationRequest, dict[str, Image.Image], dict[str, str]]:
-    """The request, its opened pictures and their files' hashes; InputError says what is wrong, and where."""
-    files = {name: uploaded(name, form[name]) for name in PICTURES if form[name]}
-    data = form | {name: {"path": str(files[name])} if name in files else None for name in PICTURES}
+    form: dict[str, Any], *, auto_size: bool, files: Files, owner: str
+) -> tuple[GenerationRequest, dict[str, Picture]]:
+    """The request and its pictures, stored; InputError says what is wrong, and where."""
+    given = {name: uploaded(name, form[name]) for name in PICTURES if form[name]}
+    data = form | {name: {"path": str(given[name])} if name in given else None for name in PICTURES}
     if auto_size:
         data |= {"width": None, "height": None}
     request = parse_request(data)
-    pictures = {name: open_image(path, field=name) for name, path in files.items()}
-    hashes = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
-    return request, pictures, hashes
+    pictures = {
+        name: files.keep_picture(path.read_bytes(), field=name, owner=owner, filename=path.name)
+        for name, path in given.items()
+    }
+    return request, pictures
 
 
 def uploaded(name: str, picture: dict[str, Any]) -> Path:
@@ -463,7 +515,7 @@ def look(engine: Engine, visitor: Visitor) -> dict[str, dict[str, Any]]:
     jobs = visitor.jobs(engine)
     live = [job for job in jobs if not job.done]
     current = live[0] if live else None
-    drawing = current is not None and current.state == "running"
+    drawing = current is not None and current.state == "running" and current.phase != "decoding"
     shown, done = shown_job(visitor, engine), pictures_of(jobs)
     path = str(shown.result.path) if shown and shown.result else None
     stage = (
@@ -479,7 +531,7 @@ def look(engine: Engine, visitor: Visitor) -> dict[str, dict[str, Any]]:
         "cancel": {"interactive": current is not None and current.stop != "cancel"},
         "keep": {"interactive": drawing and current is not None and current.stop is None},
         "retry": {"visible": engine.status.state == "failed"},
-        "queue": {"value": f"Queue {engine.waiting}" if live else ""},  # nobody updates it afterwards
+        "queue": {"value": f"Queue {engine.waiting}"},
         "strip": {
             "value": [str(job.result.path) for job in done[:JOBS_SHOWN] if job.result],
             "visible": len(done) > 1,
@@ -488,6 +540,7 @@ def look(engine: Engine, visitor: Visitor) -> dict[str, dict[str, Any]]:
         "as_subject": {"interactive": path is not None},
         "as_style": {"interactive": path is not None},
         "same_seed": {"interactive": path is not None},
+        "copy": {"interactive": path is not None},
         "announce": {"value": announcement(engine, jobs)},
     }
 
@@ -554,13 +607,17 @@ class NoSniff:
 
 def check_exposure(settings: Settings) -> None:
     """Raise InputError when strangers could use the machine without a password and nobody insisted."""
-    beyond = settings.share or not _is_loopback(settings.host)
-    if beyond and not (settings.auth or settings.no_password or settings.space_id):
+    if is_exposed(settings) and not (settings.auth or settings.no_password or settings.space_id):
         what = "A public link" if settings.share else f"Listening on {settings.host}"
         raise InputError(
             f"{what} lets others use this machine: set a password with --auth USER:PASSWORD, or insist with "
             "--no-password."
         )
+
+
+def is_exposed(settings: Settings) -> bool:
+    """Whether others than this machine can reach the server."""
+    return settings.share or not _is_loopback(settings.host)
 
 
 def _is_loopback(host: str) -> bool:
@@ -570,69 +627,62 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-def launch(engine: Engine, settings: Settings) -> gr.Blocks:
-    """Serve the page in the background; returns it once it answers."""
+def close_urls() -> None:
+    """Gradio reads URLs in place of files, under rules weaker than those of `uso.serve.fetch`: not here."""
+
+    async def refuse(*args: Any, **kwargs: Any) -> None:
+        raise ValueError("The page reads no URLs: upload the file.")
+
+    safehttpx.get = safehttpx.async_validate_url = refuse
+
+
+def launch(
+    engine: Engine,
+    settings: Settings,
+    *,
+    routes: Sequence[BaseRoute] = (),
+    front: Callable[[ASGIApp], ASGIApp] = lambda app: app,
+) -> gr.Blocks:
+    """Serve the page in the background, and `routes` before it; returns it once it answers.
+
+    `front` is put around all, outside of what Gradio itself puts around.
+    """
+    close_urls()
     page = build_page(engine)
     page.queue(api_open=False)
     # Against DNS rebinding: a page elsewhere must not reach us under a name of its own.
     local = _is_loopback(settings.host) and not settings.space_id
     hosts = ["localhost", "127.0.0.1", settings.host, "*.gradio.live"] if local else ["*"]
+
+    @asynccontextmanager
+    async def lifespan(app: Any) -> AsyncIterator[None]:
+        app.middleware_stack = front(app.middleware_stack)
+        yield
+
     page.launch(
         server_name=settings.host,
         server_port=settings.port,
         share=settings.share,
         auth=tuple(settings.auth.get_secret_value().split(":", 1)) if settings.auth else None,  # type: ignore[arg-type]
         app_kwargs={
-            "middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=hosts), Middleware(NoSniff)]
+            "routes": [*routes],
+            "middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=hosts), Middleware(NoSniff)],
+            "lifespan": lifespan,
         },
         prevent_thread_lock=True,
         theme=theme(),
         css_paths=[HERE / "page.css"],
         head_paths=[HERE / "page.html"],
         footer_links=["api"],
-        allowed_paths=[str(EXAMPLES)],
+        allowed_paths=[str(EXAMPLES), str(engine.files.folder)],
         show_error=True,
         max_file_size=MAX_BYTES,
         run_history=False,
         enable_monitoring=False,
         ssr_mode=False,
         quiet=True,
+        _frontend=False,  # or a machine that takes three seconds to answer is not served at all
     )
+    if settings.share and not page.share_url:
+        logger.warning("No public link could be made, is there an internet connection? Serving without it.")
     return page
-
-
-def serve(settings: Settings) -> int:
-    """Serve the page until SIGTERM or Ctrl-C, then end or cancel the running job; the exit code.
-
-    The page answers before the model is there: it is loaded in the background.
-    """
-    check_exposure(settings)
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("uso").setLevel(logging.INFO)
-    engine = Engine(
-        _loader(settings),
-        model=Path(settings.model).name,  # of a folder, only its name is told
-        device=settings.device,
-        memory=settings.memory,
-        queue_limit=settings.queue_limit,
-        step_limit=settings.step_limit,
-    )
-    page = launch(engine, settings)
-    asked_to_stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: asked_to_stop.set())
-    print(f"USO is at http://{settings.host}:{settings.port}", flush=True)
-    engine.start()
-    asked_to_stop.wait()
-    engine.stop(within=STOP_SECONDS)
-    page.close(verbose=False)
-    return 0
-
-
-def _loader(settings: Settings) -> Callable[[LoadProgress], Any]:
-    def load(progress: LoadProgress) -> Any:
-        from uso.model.checkpoints import load_pipeline  # imports torch: in the worker, when the page is up
-
-        return load_pipeline(settings.model, settings=settings, progress=progress)
-
-    return load

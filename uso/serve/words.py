@@ -1,6 +1,7 @@
 """What the page says, as HTML: the status line, a picture's figures, hints and errors, what the model is."""
 
 import html
+import re
 
 from uso.model.variants import VARIANTS
 from uso.schema import GenerationRequest
@@ -39,7 +40,8 @@ def _outcome(job: Job) -> str:
     if job.state == "cancelled":
         return _status(job.error or "Cancelled")
     assert job.result is not None
-    return _status(" ".join([f"Done in {seconds_text(sum(job.result.seconds.values()))}.", *job.notes]))
+    notes = [in_words(note) for note in job.notes]
+    return _status(" ".join([f"Done in {seconds_text(sum(job.result.seconds.values()))}.", *notes]))
 
 
 def _status(text: str, fraction: float | None = None, also: str = "") -> str:
@@ -103,6 +105,10 @@ def about_model(model: str) -> str:
     return f"<details><summary>Model: <b>{html.escape(model)}</b>{kind}</summary><p>{text}</p></details>"
 
 
+def takes_guidance(model: str) -> bool:
+    return model not in VARIANTS or VARIANTS[model].guidance_embed
+
+
 def hint(name: str) -> str:
     return f"<p class='hint'>{html.escape(GenerationRequest.model_fields[name].description or '')}</p>"
 
@@ -112,7 +118,12 @@ def told(text: str) -> str:
 
 
 def problem(text: str) -> str:
-    """An error in the page's words: it names fields as the API does."""
+    return f"<p class='problem' role='alert'>{html.escape(in_words(text))}</p>"
+
+
+def in_words(text: str) -> str:
+    """An error or a note in the page's words: it names fields as the API does."""
+    text = re.sub("`?keep_size`?", "`keep_size`", text.replace("content picture", "subject"))
     for name, known in GenerationRequest.model_fields.items():
         text = text.replace(f"`{name}`", known.title or name)
-    return f"<p class='problem' role='alert'>{html.escape(text)}</p>"
+    return text
