@@ -3,13 +3,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check fix chromium clean
+.PHONY: demo test test-clients check fix chromium node clean
 
 demo: .venv/runtime
 	$(BIN)/python app.py
 
-test: .venv/dev chromium check
+test: .venv/dev chromium node check
 	$(BIN)/python -m pytest
+
+# The hosted app's clients, older wire generations too.
+test-clients: .venv/dev node
+	$(BIN)/python -m pytest tests/clients -m "old_clients or not old_clients"
 
 check: .venv/dev
 	$(BIN)/ruff check .
@@ -30,12 +34,18 @@ fix: .venv/dev
 	$(BIN)/pip install --disable-pip-version-check --requirement requirements-dev.txt
 	touch $@
 
-# The browser tests drive the distribution's Chromium; without it (and without the right to install it) they skip.
-chromium:
-	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null \
+# The browser tests drive the distribution's Chromium, those of the JavaScript client its Node; without them (and
+# without the right to install them) they skip.
+install = @command -v $(1) >/dev/null \
 	|| { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq \
-	     && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium >/dev/null; } \
-	|| echo "no Chromium: the browser tests will be skipped"
+	     && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $(2) >/dev/null; } \
+	|| echo "no $(1): the tests that need it will be skipped"
+
+chromium:
+	$(call install,chromium,chromium)
+
+node:
+	$(call install,npm,nodejs npm)
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -317,7 +317,7 @@ def test_serve_hands_over_the_flags(
         served.append(settings)
         return 7
 
-    monkeypatch.setitem(sys.modules, "uso.serve.ui", SimpleNamespace(serve=serve))
+    monkeypatch.setitem(sys.modules, "uso.serve.server", SimpleNamespace(serve=serve))
     assert cli.main(["serve", "--port", "8000", "--host", "0.0.0.0", "--model", "flux-dev"]) == 7
     (settings,) = served
     assert (settings.port, settings.host, settings.model, settings.device) == (
@@ -367,7 +367,13 @@ def test_nano_draws_and_repeats(capsys: pytest.CaptureFixture[str]) -> None:
 @needs_nano
 def test_nano_stopped_by_ctrl_c() -> None:
     call = [sys.executable, "-m", "uso", "generate", "--prompt", "x", "--num-images", "9", "--width", "512"]
-    with subprocess.Popen([*call, "--num-steps", "4"], env=environment(), stderr=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        [*call, "--num-steps", "50"],
+        env=environment(),
+        stderr=subprocess.PIPE,
+        # a shell that runs us in the background has it ignored, here and in what we start
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    ) as process:
         try:
             deadline = time.monotonic() + 60
             while not Path("output_0.png").exists():

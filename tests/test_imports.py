@@ -16,8 +16,11 @@ LAYERS = (
     {"uso.images", "uso.metadata", "uso.settings"},
     {"uso.model"},
     {"uso.doctor"},
-    {"uso.serve.work", "uso.serve.device", "uso.serve.engine", "uso.serve"},
-    {"uso.serve.intents", "uso.serve.words", "uso.serve.ui", "uso.batch"},
+    {"uso.serve", "uso.serve.work", "uso.serve.device", "uso.serve.store", "uso.serve.fetch"},
+    {"uso.serve.files", "uso.serve.keys", "uso.serve.webhooks"},
+    {"uso.serve.engine"},
+    {"uso.serve.intents", "uso.serve.words", "uso.serve.ui", "uso.serve.api", "uso.batch"},
+    {"uso.serve.server"},
     {"uso.cli"},
     {"uso.__main__", "app"},
 )
@@ -74,6 +77,11 @@ def test_imports_point_one_way(module: str) -> None:
     for name in imports(modules()[module]):
         if name == "uso" or name.startswith("uso."):
             assert layer(name) <= layer(module), f"{module} imports {name}"
+
+
+def test_page_and_api_know_nothing_of_each_other() -> None:
+    assert "uso.serve.api" not in imports(modules()["uso.serve.ui"])
+    assert "uso.serve.ui" not in imports(modules()["uso.serve.api"])
 
 
 @pytest.mark.parametrize("module", sorted(modules()))

@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 something failed, 2 the call or its input is wrong (nothin
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import sys
@@ -99,7 +100,18 @@ def build_parser() -> argparse.ArgumentParser:
     look.add_argument("file", type=Path, metavar="FILE.png")
     look.add_argument("--json", action="store_true", help="As JSON.")
     add("doctor", doctor, "Say what is found, what is missing and whether it would run.", model)
-    page = add("serve", serve, "Serve the page.", model)
+    actions = add("keys", keys, "Make, list and revoke the API's keys.").add_subparsers(
+        dest="action", required=True, metavar="ACTION"
+    )
+    for action, help in (
+        ("create", "Make a key and print it, once, on the last line."),
+        ("list", "Show the beginnings of all keys."),
+        ("revoke", "End a key, at once."),
+    ):
+        doing = actions.add_parser(action, help=help, description=help, parents=[common], allow_abbrev=False)
+        if action != "list":
+            doing.add_argument("name", metavar="NAME", help="What tells the key from others: laptop, anna.")
+    page = add("serve", serve, "Serve the page and the API.", model)
     page.add_argument("--host", help="Address to listen on (default: USO_HOST, else 127.0.0.1).")
     page.add_argument("--port", type=int, help="Port to listen on (default: USO_PORT, else 7860).")
     page.add_argument("--share", action="store_true", default=None, help="Make a public link (USO_SHARE).")
@@ -107,6 +119,14 @@ def build_parser() -> argparse.ArgumentParser:
     page.add_argument(
         "--no-password", action="store_true", default=None,
         help="Serve beyond this machine without a password (USO_NO_PASSWORD).",
+    )  # fmt: skip
+    page.add_argument(
+        "--require-keys", action=argparse.BooleanOptionalAction,
+        help="Whether the API asks for a key (USO_REQUIRE_KEYS; default: if others can reach it).",
+    )  # fmt: skip
+    page.add_argument(
+        "--allow-loopback-urls", action="store_true", default=None,
+        help="Let pictures and webhooks be at this machine's own addresses (USO_ALLOW_LOOPBACK_URLS).",
     )  # fmt: skip
     return parser
 
@@ -151,7 +171,8 @@ def _settings(args: argparse.Namespace) -> "Settings":
     from uso.settings import Settings, get_settings
 
     environment = get_settings()
-    names = ("model", "device", "host", "port", "share", "auth", "no_password")
+    names = ["model", "device", "host", "port", "share", "auth", "no_password"]
+    names += ["require_keys", "allow_loopback_urls"]
     given = {name: value for name in names if (value := getattr(args, name, None)) is not None}
     try:
         return Settings(**given) if given else environment
@@ -231,16 +252,11 @@ def make_all(jobs: Sequence[Job], *, settings: "Settings", debug: bool) -> list[
 
 def load_device(settings: "Settings", say: Callable[[str], None]) -> "Device":
     """The model on its device; `say` is told what is being loaded."""
-    import torch
-
     from uso.model.checkpoints import load_pipeline
+    from uso.model.devices import choose_device
     from uso.serve.device import Device
 
-    if settings.device != "auto":
-        try:
-            torch.empty(0, device=settings.device)
-        except (RuntimeError, AssertionError) as error:  # before gigabytes are read
-            raise InputError(f"`--device` {settings.device} cannot be used here: {error}") from error
+    choose_device(settings.device)  # before gigabytes are read
     pipe = load_pipeline(settings.model, settings=settings, progress=lambda text, fraction: say(text))
     return Device(pipe, device=settings.device)
 
@@ -286,8 +302,30 @@ def doctor(args: argparse.Namespace) -> int:
     return found.exit_code
 
 
+def keys(args: argparse.Namespace) -> int:
+    """Make, list or revoke keys; a running server knows at once."""
+    from uso.serve.keys import Keys
+    from uso.serve.store import Store, iso
+
+    with contextlib.closing(Store(_settings(args).data_dir)) as store:
+        ring = Keys(store)
+        if args.action == "create":
+            key = ring.create(args.name)
+            print("Keep this key: it is not shown again.")
+            print(key)
+        elif args.action == "revoke":
+            ring.revoke(args.name)
+            print(f"{args.name} is revoked.")
+        else:
+            for row in ring.all():
+                used = f"used {iso(row['used_at'])}" if row["used_at"] else "never used"
+                state = f"revoked {iso(row['revoked_at'])}" if row["revoked_at"] else used
+                print(f"{row['prefix']}...  {row['name']}  made {iso(row['created_at'])}  {state}")
+    return 0
+
+
 def serve(args: argparse.Namespace) -> int:
-    """Serve the page until Ctrl-C."""
-    from uso.serve.ui import serve
+    """Serve page and API until Ctrl-C."""
+    from uso.serve.server import serve
 
     return serve(_settings(args))

@@ -13,7 +13,7 @@ from typing import Literal
 import psutil
 import torch
 
-from uso.errors import CheckpointError
+from uso.errors import CheckpointError, InputError
 from uso.model import keymaps
 from uso.model.checkpoints import (
     FLOAT32_PARTS,
@@ -22,6 +22,7 @@ from uso.model.checkpoints import (
     require_our_folder,
     require_tokenizer,
 )
+from uso.model.devices import choose_device
 from uso.model.plans import COMPONENTS, component_plan, official_plan
 from uso.model.sources import (
     GB,
@@ -116,10 +117,10 @@ def report(source: str | None = None, *, settings: Settings | None = None) -> Re
     # While a LoRA is being merged both are in memory, for moments.
     need = sum(row.parameters * (4 if row.name in FLOAT32_PARTS else dtype.itemsize) for row in rows)
     try:
-        device = _device(settings.device)
-    except (RuntimeError, AssertionError) as error:
+        device = choose_device(settings.device)
+    except InputError as error:
         device = torch.device("cpu")
-        problems.append(f"device {settings.device} cannot be used here ({error}): set USO_DEVICE to another")
+        problems.append(str(error))
     memory = psutil.virtual_memory()
     if need > memory.total:
         problems.append(
@@ -210,13 +211,6 @@ def _why_not_downloadable(part: Part, located: Located, settings: Settings) -> s
             f"not on this machine; {remedy} (gated: accept its licence there, and set HF_TOKEN, from {token})"
         )
     return None
-
-
-def _device(name: str) -> torch.device:
-    """The device that `name` means, tried out."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    return torch.empty(0, device=name).device
 
 
 def _machine() -> list[str]:

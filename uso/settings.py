@@ -6,10 +6,11 @@ The official repository's names are taken as they are, so that its users change 
 
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+import platformdirs
 from pydantic import Field, SecretStr, ValidationError, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from uso.errors import InputError
 
@@ -59,14 +60,43 @@ class Settings(BaseSettings):
     )
     queue_limit: int = Field(default=32, validation_alias="USO_QUEUE_LIMIT", ge=1)
     step_limit: float = Field(default=600.0, validation_alias="USO_STEP_LIMIT", gt=0)
+    max_attempts: int = Field(default=3, validation_alias="USO_MAX_ATTEMPTS", ge=1)
+    # what lasts: database, uploads, pictures, keys; for how long, and how much of it
+    data_dir: Path = Field(
+        default_factory=lambda: platformdirs.user_data_path("uso"), validation_alias="USO_DATA_DIR"
+    )
+    keep_days: float = Field(default=7.0, validation_alias="USO_KEEP_DAYS", gt=0)
+    quota_gb: float = Field(default=10.0, validation_alias="USO_QUOTA_GB", gt=0)
+    # the API: None asks for keys whenever others than this machine can reach it
+    require_keys: bool | None = Field(default=None, validation_alias="USO_REQUIRE_KEYS")
+    key_rate: int = Field(default=600, validation_alias="USO_KEY_RATE", ge=1)  # requests a minute
+    key_queue: int = Field(default=16, validation_alias="USO_KEY_QUEUE", ge=1)  # pictures that may wait
+    cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(), validation_alias="USO_CORS_ORIGINS"
+    )
+    # foreign URLs, of pictures and webhooks: see `uso.serve.fetch.Fetcher`
+    foreign_urls: Literal["off", "allow-list", "public"] = Field(
+        default="public", validation_alias="USO_FOREIGN_URLS"
+    )
+    foreign_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(), validation_alias="USO_FOREIGN_HOSTS"
+    )
+    allow_loopback_urls: bool = Field(default=False, validation_alias="USO_ALLOW_LOOPBACK_URLS")
+    webhook_secret: SecretStr | None = Field(default=None, validation_alias="USO_WEBHOOK_SECRET")
 
     @field_validator("*", mode="before")
     @classmethod
     def _blank_is_unset(cls, value: Any, info: Any) -> Any:
         """Quotes around nothing and blanks reach us as text."""
         if isinstance(value, str) and not value.strip():
-            return cls.model_fields[info.field_name].default
+            return cls.model_fields[info.field_name].get_default(call_default_factory=True)
         return value.strip() if isinstance(value, str) else value
+
+    @field_validator("cors_origins", "foreign_hosts", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        """Names with commas or blanks between them."""
+        return tuple(value.replace(",", " ").split()) if isinstance(value, str) else value
 
     @field_validator("auth", mode="after")
     @classmethod
@@ -91,6 +121,7 @@ class Settings(BaseSettings):
         "lora",
         "projection_model",
         "siglip_path",
+        "data_dir",
     )
     @classmethod
     def _expand_home(cls, path: Path | None) -> Path | None:
