@@ -1,10 +1,12 @@
 """The page in headless Chromium, on the nano model."""
 
+import contextlib
 import io
 import os
 import re
 import shutil
 import socket
+import sqlite3
 import struct
 import subprocess
 import sys
@@ -44,33 +46,70 @@ FLAGS = [
 WAIT = 60_000  # milliseconds; the machine may be busy
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Address of `python app.py` with nano, which answers before the model is loaded."""
+@contextlib.contextmanager
+def serving(folder: Path, **environment: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """Address and process of the app, slow while `folder / "slow"` exists; it answers before it is loaded."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    folder = tmp_path_factory.mktemp("server")
-    environment = os.environ | {"USO_PORT": str(port), "USO_MODEL": "nano", "GRADIO_TEMP_DIR": str(folder)}
-    environment |= {"USO_DATA_DIR": str(folder / "data")}
-    process = subprocess.Popen([sys.executable, str(ROOT / "app.py")], cwd=folder, env=environment)
-    url = f"http://127.0.0.1:{port}"
-    deadline = time.monotonic() + 60
-    while True:
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
-            break
-        except OSError:
-            assert time.monotonic() < deadline
-            assert process.poll() is None
-            time.sleep(0.2)
-    yield url
-    # stopped in the middle of a job
-    data = ["", None, None, None, 1536, 1536, 50, 4, -1, False, 512]
-    httpx.post(f"{url}/gradio_api/call/generate", json={"data": data}).raise_for_status()
-    time.sleep(1)
-    process.terminate()
-    assert process.wait(timeout=60) == 0
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "GRADIO_TEMP_DIR": str(folder),
+        "USO_DATA_DIR": str(folder / "data"),
+        "USO_MODEL": "nano",
+        "USO_PORT": str(port),
+        **environment,
+    }
+    command = [sys.executable, "-m", "tests.paced_app", str(folder / "slow")]
+    process = subprocess.Popen(command, cwd=folder, env=environment)
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                break
+            except OSError:
+                assert time.monotonic() < deadline
+                assert process.poll() is None
+                time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}", process
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the server holds."""
+    return tmp_path_factory.mktemp("server")
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[str]:
+    """Address of the app with nano."""
+    with serving(folder) as (url, process):
+        yield url
+        # stopped in the middle of a job, which ends first
+        (folder / "slow").touch()
+        data = ["", None, None, None, 1536, 1536, 50, 4, -1, False, 512]
+        httpx.post(f"{url}/gradio_api/call/generate", json={"data": data}).raise_for_status()
+        with contextlib.closing(sqlite3.connect(folder / "data" / "uso.db")) as db:
+            newest = "SELECT state FROM tasks ORDER BY number DESC"
+            while db.execute(newest).fetchone() != ("running",):
+                time.sleep(0.1)
+            process.terminate()
+            (folder / "slow").unlink()
+            assert process.wait(timeout=60) == 0
+            assert db.execute(newest).fetchone() == ("completed",)
+
+
+@pytest.fixture
+def slow(server: str, folder: Path) -> Iterator[Path]:
+    """A step takes a second as long as this file is there."""
+    path = folder / "slow"
+    path.touch()
+    yield path
+    path.unlink(missing_ok=True)
 
 
 @pytest.fixture(scope="module")
@@ -111,14 +150,12 @@ def upload(page: Page, slot: str, path: Path) -> None:
 def set_number(page: Page, field: str, value: int) -> None:
     box = page.locator(f"#{field} input[type=number]")
     expect(box).not_to_have_value("")  # an accordion's contents are made when it opens
-    page.wait_for_timeout(300)
     box.fill(str(value))
     box.blur()
-    page.wait_for_timeout(700)  # Gradio takes a moment to note the value
-    expect(box).to_have_value(str(value))
 
 
 def ask_for_a_long_one(page: Page) -> None:
+    """It lasts while the server is `slow`."""
     page.get_by_role("button", name="Size").click()
     page.get_by_label("Custom").check()
     for field in ("width", "height"):
@@ -236,7 +273,7 @@ def test_a_server_that_is_gone_is_told(visit: Callable[..., Page]) -> None:
     expect(page.locator("#gone")).to_have_count(0, timeout=WAIT)
 
 
-def test_progress_moves_and_cancel_stops_it_after_a_reload(visit: Callable[..., Page]) -> None:
+def test_progress_moves_and_cancel_stops_it_after_a_reload(visit: Callable[..., Page], slow: Path) -> None:
     page = visit()
     page.fill("#prompt textarea", "a fox")
     ask_for_a_long_one(page)
@@ -247,15 +284,14 @@ def test_progress_moves_and_cancel_stops_it_after_a_reload(visit: Callable[..., 
     page.reload()  # the jobs are the server's: the page finds them again, and what was typed
     says(page, "of 50")
     expect(page.locator("#prompt textarea")).to_have_value("a fox", timeout=WAIT)
-    for _ in range(2):
-        expect(page.locator("#cancel")).to_be_enabled(timeout=WAIT)
-        page.click("#cancel")
-        page.wait_for_timeout(500)
+    for waiting in ("Queue 1", "Queue 0"):
+        page.click("#cancel")  # once it can be clicked
+        expect(page.locator("#queue")).to_contain_text(waiting, timeout=WAIT)
     says(page, "Cancelled")
     expect(page.locator("#cancel")).to_be_disabled()
 
 
-def test_keep_gives_the_picture_that_is_there(visit: Callable[..., Page], tmp_path: Path) -> None:
+def test_keep_gives_the_picture_that_is_there(visit: Callable[..., Page], slow: Path, tmp_path: Path) -> None:
     page = visit()
     ask_for_a_long_one(page)
     page.click("#keep")
@@ -264,9 +300,9 @@ def test_keep_gives_the_picture_that_is_there(visit: Callable[..., Page], tmp_pa
     assert parameters["stopped_at_step"] < parameters["num_steps"] == 50
 
 
-def test_two_visitors_see_their_own_jobs(visit: Callable[..., Page]) -> None:
+def test_two_visitors_see_their_own_jobs(visit: Callable[..., Page], slow: Path) -> None:
     first, second, idle = visit(), visit(), visit()
-    expect(idle.locator("#queue")).to_have_text("Queue 0")
+    expect(idle.locator("#queue")).to_contain_text("Queue 0")
     ask_for_a_long_one(first)
     second.click("#generate")
     says(second, "Queued: 1 before yours")
@@ -275,6 +311,7 @@ def test_two_visitors_see_their_own_jobs(visit: Callable[..., Page]) -> None:
     says(first, "of 50")
     first.click("#cancel")
     says(first, "Cancelled")
+    slow.unlink()
     says(second, "Done in")
     expect(first.locator("#info")).not_to_contain_text("Seed")
 
@@ -394,6 +431,10 @@ def test_nothing_serious_stands_in_anybodys_way(
     page.get_by_label("Custom").check()
     page.get_by_role("button", name="Details").click()
     expect(page.locator("#width")).to_be_visible(timeout=WAIT)
+    expect(page.locator("#num_steps")).to_be_visible(timeout=WAIT)
+    for name in ("Subject", "Style", "Second style"):
+        slot = page.get_by_role("button", name=f"{name}: Drop, paste or click", exact=True)
+        expect(slot).to_be_visible(timeout=WAIT)
     page.evaluate(axe)
     found = page.evaluate("axe.run(document, {resultTypes: ['violations']})")["violations"]
     serious = {

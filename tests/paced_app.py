@@ -1,0 +1,38 @@
+"""`python app.py` that can be slowed, for tests that look at what happens meanwhile: nano is done in no time.
+
+While the file exists that is named first, each step of a picture and each part of a model to load takes a
+second.
+"""
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from uso.cli import main
+from uso.serve import server
+from uso.serve.engine import Engine, LoadProgress
+
+SLOW = Path(sys.argv[1])
+
+
+def pace() -> None:
+    began = time.monotonic()
+    while SLOW.exists() and time.monotonic() - began < 1:
+        time.sleep(0.01)
+
+
+class PacedEngine(Engine):
+    def __init__(self, load: Callable[[LoadProgress], Any], **options: Any) -> None:
+        def paced(progress: LoadProgress) -> Any:
+            pipe = load(lambda text, fraction: (progress(text, fraction), pace())[0])
+            pipe.transformer.register_forward_pre_hook(lambda *_: pace())
+            return pipe
+
+        super().__init__(paced, **options)
+
+
+if __name__ == "__main__":
+    server.Engine = PacedEngine  # type: ignore[misc]
+    sys.exit(main(["serve", *sys.argv[2:]]))
