@@ -72,12 +72,16 @@ class Server:
             raise
         return self
 
-    def __exit__(self, kind: object, error: object, traceback: object) -> None:
-        """SIGTERM, which must end it in order, unless the test failed already."""
+    def terminate(self) -> None:
+        """SIGTERM, which must end it in order."""
         assert self.process
+        self.process.terminate()
+        assert self.process.wait(timeout=SECONDS) == 0
+
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
         try:
-            self.process.terminate()
-            assert self.process.wait(timeout=60) == 0 or kind
+            if kind is None:
+                self.terminate()
         finally:
             self.kill()
 

@@ -7,10 +7,11 @@ import importlib.util
 import io
 import json
 import socket
-import sqlite3
 import statistics
+import struct
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from fastapi.routing import APIRoute
 from PIL import Image
@@ -40,6 +42,23 @@ from uso.settings import Settings
 ROOT = Path(__file__).parents[1]
 SMALL = {"prompt": "a fox", "width": 512, "height": 512, "num_steps": 3}
 ORIGIN = "https://friend.example"
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "PROPFIND")
+
+
+def _bomb() -> str:
+    """A black PNG of 20000x20000 in 49 KB, as base64."""
+    row, packer = bytes(1 + 20_000 // 8), zlib.compressobj(9)
+    packed = b"".join([packer.compress(row) for _ in range(20_000)]) + packer.flush()
+    header = struct.pack(">IIBBBBB", 20_000, 20_000, 1, 0, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", packed), (b"IEND", b"")]
+    parts = [
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks
+    ]
+    return base64.b64encode(b"\x89PNG\r\n\x1a\n" + b"".join(parts)).decode()
+
+
+BOMB = _bomb()
 
 
 class Server:
@@ -311,6 +330,7 @@ def test_a_picture_may_come_in_every_way_that_clients_send_it(server: Server) ->
         f"data:image/png;base64,{encoded}",
         {"uri": f"data:image/png;base64,{encoded}"},
         encoded,
+        base64.encodebytes(data).decode(),  # in lines
     ]
     for way in ways:
         ended = server.wait(server.run(input=SMALL | {"style_image": way}))
@@ -358,6 +378,8 @@ def test_a_foreign_url_is_fetched_and_what_cannot_be_is_told(
     ("input", "told"),
     [
         ({}, "`prompt` is missing"),
+        ({"prompt": "", "style_image": "OWN/files/secret/uso-gone.png"}, "not on the server any more"),
+        ({"prompt": "", "style_image": BOMB}, "more than 64 million pixels"),
         ({"prompt": "", "width": 500}, "`width` must be"),
         ({"prompt": "", "style_image": "fox"}, "`style_image` must be a URL"),
         ({"prompt": "", "style_image": {"path": "/etc/passwd"}}, "no such upload"),
@@ -370,7 +392,7 @@ def test_a_foreign_url_is_fetched_and_what_cannot_be_is_told(
     ],
 )
 def test_wrong_input_is_told_with_its_field(server: Server, input: dict[str, Any], told: str) -> None:
-    body = json.dumps({"app": APP, "input": input})
+    body = json.dumps({"app": APP, "input": input}).replace("OWN", server.url)
     answer = server.http.post("/apps/run", content=body, headers={"Content-Type": "application/json"})
     assert told in problem(answer, 422, "validation_error")
     assert answer.json()["field"] == (list(input)[-1] if input else "prompt")
@@ -405,22 +427,63 @@ def test_what_is_not_a_request_is_refused(server: Server) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "status", "code"),
+    ("path", "body"),
     [
-        (sqlite3.OperationalError("database or disk is full"), 503, "unavailable"),
-        (OSError(errno.ENOSPC, "No space left on device"), 503, "unavailable"),
-        (RuntimeError("secret detail"), 500, "internal_error"),
+        ("/apps/run", {"app": APP, "input": SMALL, "session": "\ud800"}),
+        ("/apps/run", {"app": APP, "input": SMALL | {"\ud800": 1}}),
+        ("/files", {"files": [{"filename": "\ud800.png"}]}),
+        ("/files", {"files": [{"path": "\ud800"}]}),
     ],
 )
-def test_what_nobody_foresaw_is_logged_and_not_told(
-    server: Server, monkeypatch: pytest.MonkeyPatch, error: Exception, status: int, code: str
-) -> None:
+def test_broken_unicode_is_refused(server: Server, path: str, body: Any) -> None:
+    json_type = {"Content-Type": "application/json"}
+    answer = server.http.post(path, content=json.dumps(body), headers=json_type)
+    assert "unicode" in problem(answer, 422, "validation_error").lower()
+
+
+def test_what_nobody_foresaw_is_logged_and_not_told(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any, **kwargs: Any) -> None:
-        raise error
+        raise RuntimeError("secret detail")
 
     monkeypatch.setattr(server.engine, "submit", fail)
     answer = server.http.post("/apps/run", json={"app": APP, "input": SMALL})
-    assert "secret" not in problem(answer, status, code)
+    assert "secret" not in problem(answer, 500, "internal_error")
+
+
+def test_a_full_disk_is_told_and_what_is_there_can_be_read(
+    guarded: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SQLite's own error, and the system's, when the picture is to be written."""
+    task = guarded.wait(guarded.run())
+    store = guarded.engine.files.store
+    big = {"app": APP, "input": SMALL | {"prompt": "x" * 4096}}
+    other = {"Authorization": f"Bearer {Keys(store).create('fourth')}"}  # never used: its first use is noted
+    with store.transaction() as db:
+        (pages,) = db.execute("PRAGMA page_count").fetchone()
+        db.execute(f"PRAGMA max_page_count = {pages}")
+    try:
+        for _ in range(100):  # until the last page is full
+            answer = guarded.http.post("/apps/run", json=big)
+            if answer.status_code != 200:
+                break
+            guarded.http.post(f"/tasks/{answer.json()['data']['id']}/cancel")
+        assert "disk is full" in problem(answer, 503, "unavailable")
+        assert int(answer.headers["retry-after"]) >= 1
+        assert guarded.http.get(f"/tasks/{task['id']}").json()["data"] == task
+        assert guarded.http.get("/sessions", headers=other).status_code == 200
+    finally:
+        with store.transaction() as db:
+            db.execute("PRAGMA max_page_count = 1073741823")
+    assert guarded.wait(guarded.run())["status"] == 10
+
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "/secret/path")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", fail)
+        failed = guarded.wait(guarded.run())
+    assert (failed["status"], failed["error"]) == (11, "The server's disk is full: try again later.")
+    assert not list(guarded.engine.files.folder.glob(".part-*"))
 
 
 def test_unknown_paths_and_methods_are_problems_too(server: Server) -> None:
@@ -435,8 +498,24 @@ def test_unknown_paths_and_methods_are_problems_too(server: Server) -> None:
         "/run/x",
     ):
         problem(server.http.get(path), 404, "not_found")
-    problem(server.http.get("/apps/run"), 405, "invalid_request")
-    problem(server.http.patch("/tasks/none"), 405, "invalid_request")
+    for prefix in ("/healthz", "/readyz", "/openapi.json"):
+        problem(server.http.get(f"{prefix}/x"), 404, "not_found")
+        assert server.http.head(prefix).status_code == 200
+    for method, path, allowed in (
+        ("GET", "/apps/run", "POST"),
+        ("PATCH", "/tasks/none", "DELETE, GET"),
+        ("PROPFIND", "/tasks/none", "DELETE, GET"),
+        ("TRACE", "/files", "POST"),
+        ("OPTIONS", "/run", "POST"),
+        ("POST", "/healthz", "GET, HEAD"),
+        ("DELETE", "/openapi.json", "GET, HEAD"),
+    ):
+        answer = server.http.request(method, path)
+        problem(answer, 405, "invalid_request")
+        assert answer.headers["allow"] == allowed
+    with socket.create_connection(("127.0.0.1", server.http.base_url.port or 0)) as raw:
+        raw.sendall(b"OPTIONS * HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        assert b" 500 " not in raw.recv(100)
     assert "gradio" in server.http.get("/config").text, "the page has the rest"
     assert server.http.get("/").status_code == 200
 
@@ -461,6 +540,26 @@ def test_an_upload_is_bounded_and_comes_once(server: Server, monkeypatch: pytest
     assert not list(server.engine.files.folder.glob(".part-*"))
     problem(server.http.post("/files", json={"files": [{"size": 10**9}]}), 422, "validation_error")
     problem(server.http.post("/files", json={"files": []}), 422, "validation_error")
+
+
+def test_one_upload_at_a_time_and_again_when_it_broke_off(
+    server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    (file,) = server.http.post("/files", json={"files": [{}]}).json()["data"]
+    path = file["upload_url"].removeprefix(server.url)
+    with socket.create_connection(("127.0.0.1", server.http.base_url.port or 0)) as raw:
+        raw.sendall(f"PUT {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\nhal".encode())
+        while not list(server.engine.files.folder.glob(".part-*")):
+            time.sleep(0.01)
+        problem(httpx.put(file["upload_url"], content=b"the other"), 409, "conflict")
+    while list(server.engine.files.folder.glob(".part-*")):
+        time.sleep(0.01)
+    problem(httpx.get(file["uri"]), 404, "not_found")
+    while (answer := httpx.put(file["upload_url"], content=b"all of it")).status_code == 409:
+        time.sleep(0.01)
+    assert answer.status_code == 204
+    assert httpx.get(file["uri"]).content == b"all of it"
+    assert "failed" not in caplog.text
 
 
 def test_sessions_open_continue_end_and_expire(server: Server) -> None:
@@ -507,12 +606,13 @@ def test_the_same_request_twice_is_one_task(server: Server) -> None:
 
 def test_every_route_asks_for_a_key_but_those_with_a_secret(guarded: Server) -> None:
     stranger = httpx.Client(base_url=guarded.url)
-    opened = {"/files/{secret}/{file_id}", "/healthz", "/readyz"}
+    opened = {"/files/{secret}/{file_id}"}
+    opened |= {f"/{name}{rest}" for name in api_module.OPEN for rest in ("", "/{rest:path}")}
     walked = 0
     for route in guarded.api.routes:
         if not isinstance(route, APIRoute) or route.path in opened:
             continue
-        for method in route.methods:
+        for method in route.methods or METHODS:
             for header in ({}, {"Authorization": "Bearer uso_guess"}, {"Authorization": guarded.key}):
                 answer = stranger.request(
                     method, route.path.replace("{", "").replace("}", ""), headers=header
@@ -535,6 +635,21 @@ def test_a_key_sees_its_own_alone(guarded: Server) -> None:
     problem(guarded.http.get(f"/sessions/{task['session_id']}", headers=other), 404, "not_found")
     assert guarded.http.get("/sessions", headers=other).json()["data"] == []
     assert guarded.wait(task)["status"] == 10
+
+
+def test_a_file_is_deleted_by_its_owner_alone(guarded: Server) -> None:
+    """Whoever has its URL may use it, that is all."""
+    file = upload(guarded, png())
+    other = {"Authorization": f"Bearer {Keys(guarded.engine.files.store).create('second')}"}
+    for delete in ("/files", "?files=true"):
+        task = guarded.run(headers=other, input=SMALL | {"style_image": file["uri"]})
+        guarded.http.get(f"/tasks/{task['id']}/stream", headers=other)
+        output = guarded.http.get(f"/tasks/{task['id']}", headers=other).json()["data"]["output"]
+        gone = guarded.http.delete(f"/tasks/{task['id']}{delete}", headers=other)
+        if delete == "/files":
+            assert gone.json()["data"]["skipped"] == [file["id"]]
+        assert httpx.get(output["generated_image"]["uri"]).status_code == 404
+        assert httpx.get(file["uri"]).content == png()
 
 
 def test_a_full_queue_says_when_to_come_back(guarded: Server) -> None:
@@ -592,6 +707,21 @@ def test_the_page_fetches_no_urls(
             path = f"{server.url}/gradio_api/call/generate/{begun.json()['event_id']}"
             assert "event: error" in httpx.get(path, timeout=30).text
     assert asked == []
+
+
+def test_what_waits_holds_no_pictures_in_memory(server: Server) -> None:
+    file = io.BytesIO()
+    Image.effect_noise((3000, 2000), 50).save(file, "JPEG")
+    input = SMALL | {"content_image": upload(server, file.getvalue())["uri"]}
+    with server.holding():
+        tasks = [server.run(input=input) for _ in range(3)]
+        before = psutil.Process().memory_info().rss
+        tasks += [server.run(input=input) for _ in range(28)]
+        held = psutil.Process().memory_info().rss - before
+        for task in tasks:
+            server.http.post(f"/tasks/{task['id']}/cancel")
+    print(f"28 tasks that wait hold {held / 2**20:.1f} MiB; one picture would be 17")
+    assert held < 3 * 3000 * 2000 * 3
 
 
 # The document

@@ -1,6 +1,7 @@
 """The API under load, under nonsense and under kill -9: a real server, on nano."""
 
 import itertools
+import json
 import random
 import subprocess
 import sys
@@ -13,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
-from tests.server import APP, SECONDS, SMALL, STYLE, Receiver, Server
+from tests.server import APP, LONG, SECONDS, SMALL, STYLE, Receiver, Server
 from uso.serve.store import Store
 
 TINY = SMALL | {"num_steps": 1}
@@ -50,7 +52,7 @@ def wait(client: httpx.Client, task_ids: list[str]) -> dict[str, dict[str, Any]]
 
 @pytest.mark.timeout(1200)  # the machine may be busy
 def test_200_tasks_from_20_clients(server: Server) -> None:
-    """All end, in order of arrival; page and health answer meanwhile."""
+    """All end, in order of arrival; page and health answer meanwhile, and memory stays flat."""
 
     def be_a_client(number: int) -> list[str]:
         with server.http() as client:
@@ -67,6 +69,10 @@ def test_200_tasks_from_20_clients(server: Server) -> None:
                     visitor.get(path).raise_for_status()
                     slowest[path] = max(slowest[path], time.monotonic() - began)  # type: ignore[assignment]
 
+    process = psutil.Process(server.process.pid if server.process else None)
+    with server.http() as client:
+        wait(client, [submit(client).json()["data"]["id"] for _ in range(20)])
+    memory = process.memory_info().rss
     visitor = threading.Thread(target=visit)
     visitor.start()
     try:
@@ -85,6 +91,9 @@ def test_200_tasks_from_20_clients(server: Server) -> None:
     assert len(set(task_ids)) == 200
     assert {task["status"] for task in tasks.values()} == {10}
     assert max(slowest.values()) < 10
+    grown = (process.memory_info().rss - memory) / 2**20
+    print(f"memory grew by {grown:.0f} MiB from {memory / 2**20:.0f}")
+    assert grown < 100, "a picture kept of each task would be 150 at least"
     store = Store(server.folder)
     rows = store.all("SELECT id, updated_at FROM tasks ORDER BY number")
     store.close()
@@ -115,6 +124,32 @@ def test_nothing_said_to_the_api_is_its_fault(server: Server) -> None:
     ]  # fmt: skip
     ran = subprocess.run(command, capture_output=True, text=True, cwd=server.folder)
     assert ran.returncode == 0, ran.stdout[-8000:] + ran.stderr
+
+
+def test_sigterm_while_one_is_drawn_and_streams_are_open(tmp_path: Path) -> None:
+    """It ends in order, streams too, and the next process draws what waits."""
+    with Server(tmp_path) as server, ThreadPoolExecutor(3) as watchers:
+        with server.http() as client:
+            task_ids = [submit(client, input=LONG).json()["data"]["id"] for _ in range(3)]
+            begun = threading.Event()
+
+            def watch(task_id: str) -> int:
+                with client.stream("GET", f"/tasks/{task_id}/stream") as stream:
+                    for line in stream.iter_lines():
+                        if (task := json.loads(line))["status"] == 7:
+                            begun.set()
+                return int(task["status"])
+
+            watched = [watchers.submit(watch, task_id) for task_id in task_ids]
+            assert begun.wait(SECONDS)
+            server.terminate()
+            seen = [each.result() for each in watched]
+        assert set(seen) <= {2, 10}, "ended, or left to wait; none was broken off"
+        assert seen[-1] == 2
+        server.start()
+        with server.http() as client:
+            tasks = wait(client, task_ids)
+        assert {task["status"] for task in tasks.values()} == {10}
 
 
 @pytest.mark.timeout(1800)  # six starts of the server, on a busy machine

@@ -119,6 +119,8 @@ def test_unknown_fields_are_named():
     with pytest.raises(InputError, match="`zzz` is not a field: there are prompt, content_image") as caught:
         parse_request({"prompt": "", "zzz": 3})
     assert caught.value.field == "zzz"
+    with pytest.raises(InputError, match="broken Unicode"):
+        parse_request({"prompt": "", "\ud800": 3})
 
 
 @pytest.mark.parametrize("data", [None, [], "prompt", 5])

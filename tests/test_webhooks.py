@@ -245,15 +245,34 @@ def test_a_slow_receiver_does_not_hold_up_the_others(
         assert time.monotonic() - began < 1.5
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
 def test_guarded_like_other_urls(
-    store: Store, deliver: Callable[..., Any], receive: Callable[..., Any]
+    host: str, store: Store, deliver: Callable[..., Any], receive: Callable[..., Any]
 ) -> None:
+    """When it is sent, too: a name may have got another address since the task was taken."""
     receiver = receive()
-    put(store, receiver.url)
+    put(store, receiver.url.replace("127.0.0.1", host))
     deliver(allow_loopback=False, delays=(0.05,))
     row = settled(store)
     assert "public" in row["error"]
     assert receiver.got == []
+
+
+def test_a_fault_of_ours_is_a_failed_try(
+    store: Store,
+    deliver: Callable[..., Any],
+    receive: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    receiver = receive((500, {"Retry-After": "soon"}))
+    monkeypatch.setattr(webhooks, "_seconds", lambda text: 1 / 0)
+    put(store, receiver.url)
+    deliver()
+    row = settled(store)
+    assert (row["tries"], len(receiver.got)) == (2, 2)
+    assert row["delivered_at"]
+    assert "ZeroDivisionError" in caplog.text
 
 
 def test_signature(store: Store, deliver: Callable[..., Any], receive: Callable[..., Any]) -> None:

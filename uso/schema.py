@@ -199,6 +199,8 @@ def parse_request(data: Any) -> GenerationRequest:
     except ValidationError as error:
         problems: dict[str, str] = {}
         for detail in error.errors():
+            if not detail["loc"]:
+                raise InputError("The name of a field has broken Unicode.") from None
             field = str(detail["loc"][0])
             if field not in problems:
                 problems[field] = _sentence(field, detail, data.get(field))

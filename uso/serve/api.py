@@ -19,6 +19,7 @@ from dataclasses import replace
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from fastapi import Depends, FastAPI, Header, Query, Request
+from fastapi.concurrency import contextmanager_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
@@ -26,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
 from starlette.responses import FileResponse, Response, StreamingResponse
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -38,12 +40,13 @@ from uso.serve.engine import Busy, Engine, Job, Origin, QueueFull
 from uso.serve.fetch import Fetcher
 from uso.serve.files import Picture, StoredFile
 from uso.serve.keys import Keys, Limits, TooOften
-from uso.serve.store import iso
+from uso.serve.store import is_full, iso
 
 logger = logging.getLogger(__name__)
 
 NAMESPACE, NAME = "infsh", "bytedance-uso"
-PREFIXES = ("apps", "tasks", "files", "sessions", "run", "healthz", "readyz", "openapi.json")
+OPEN = ("healthz", "readyz", "openapi.json")
+PREFIXES = ("apps", "tasks", "files", "sessions", "run", *OPEN)
 JSON_MAX_BYTES = MAX_BYTES * 4 // 3 + 2**20  # one picture of the largest size in base64, and the rest
 SNAPSHOT_SECONDS = 5.0  # clients give up after ten without one
 SESSION_SECONDS = 300
@@ -134,7 +137,7 @@ class TaskFile(FileInfo):
 
 class DeletedFiles(BaseModel):
     deleted: list[str]
-    skipped: list[str] = Field(description="Needed by a task that has not ended.")
+    skipped: list[str] = Field(description="Needed by a task that has not ended, or somebody else's.")
 
 
 class Session(BaseModel):
@@ -226,15 +229,19 @@ class RunRequest(BaseModel):
     )
     input: Annotated[dict[str, Any], WithJsonSchema(INPUT_SCHEMA)]
     function: str | None = None
-    webhook: str | None = Field(default=None, description="URL that is called when the task has ended.")
-    session: str | None = Field(default=None, description='"new", or the id of a session to continue.')
+    webhook: str | None = Field(
+        default=None, max_length=8192, description="URL that is called when the task has ended."
+    )
+    session: str | None = Field(
+        default=None, max_length=255, description='"new", or the id of a session to continue.'
+    )
     session_timeout: int | None = Field(default=None, ge=1, le=86400, description="Idle seconds it may last.")
 
 
 class FileRequest(BaseModel):
-    filename: str | None = None
-    content_type: str | None = None
-    path: str | None = None
+    filename: str | None = Field(default=None, max_length=4096)
+    content_type: str | None = Field(default=None, max_length=255)
+    path: str | None = Field(default=None, max_length=4096)
     size: int | None = Field(default=None, ge=0, le=MAX_BYTES)
 
 
@@ -297,8 +304,10 @@ def _problem(request: Request, error: Exception) -> Response:
     elif isinstance(error, HTTPException):
         status, detail, headers = error.status_code, error.detail, dict(error.headers or {})
         code = error.code if isinstance(error, Problem) else ""
+    elif isinstance(error, ClientDisconnect):
+        status, detail = 400, "The body was broken off."
     else:
-        if "No space left" in str(error) or "disk is full" in str(error):  # as the system and SQLite say it
+        if is_full(error):
             status, detail, headers = 503, "The server's disk is full.", _retry_after(60)
         logger.exception("%s %s failed", request.method, request.scope["route"].path, exc_info=error)
     usual, title = PROBLEMS.get(status, PROBLEMS[400])
@@ -420,11 +429,11 @@ def build_api(engine: Engine, fetcher: Fetcher, *, keys: Keys | None, limits: Li
         owner, base_url = request.state.owner, _base_url(request)
         if body.webhook:
             fetcher.check(body.webhook, field="webhook")
-        digest = hashlib.sha256(_dumps_any(body.model_dump()).encode()).hexdigest()
+        digest = hashlib.sha256(await request.body()).hexdigest() if idempotency_key else ""
         if idempotency_key and (before := await run_in_threadpool(replayed, owner, idempotency_key, digest)):
             return before
-        engine.check_open()
-        asked, pictures = await read_input(body.input, owner)
+        await run_in_threadpool(engine.check_open)
+        asked, pictures = await read_input(body.input, owner, base_url)
         session_id = f"sess_{secrets.token_urlsafe(12)}" if body.session == "new" else body.session or None
         origin = Origin(owner, None, session_id, body.webhook or None, base_url, legacy)
 
@@ -546,15 +555,17 @@ def build_api(engine: Engine, fetcher: Fetcher, *, keys: Keys | None, limits: Li
         files: Annotated[bool, Query(description="Delete its files, too.")] = False,
     ) -> Response:
         """Forget a task that has ended."""
-        await ended(request, task_id)
+        job = await ended(request, task_id)
         if files:
-            await run_in_threadpool(remove_files, task_id, None)
+            await run_in_threadpool(remove_files, job, None)
         await run_in_threadpool(engine.delete, task_id)
         return Response(status_code=204)
 
-    async def ended(request: Request, task_id: str) -> None:
-        if not (await find(request, task_id)).done:
+    async def ended(request: Request, task_id: str) -> Job:
+        job = await find(request, task_id)
+        if not job.done:
             raise Problem(409, "The task has not ended: cancel it first.")
+        return job
 
     def files_of(task_id: str, role: str | None) -> list[sqlite3.Row]:
         return store.all(
@@ -564,8 +575,12 @@ def build_api(engine: Engine, fetcher: Fetcher, *, keys: Keys | None, limits: Li
             role,
         )
 
-    def remove_files(task_id: str, role: str | None) -> DeletedFiles:
-        removed = {row["id"]: files.delete(row["id"]) for row in files_of(task_id, role)}
+    def remove_files(job: Job, role: str | None) -> DeletedFiles:
+        # whoever has a URL may use its file in a task, but not delete it
+        removed = {
+            row["id"]: row["owner"] == job.origin.owner and files.delete(row["id"])
+            for row in files_of(job.id, role)
+        }
         return DeletedFiles(
             deleted=[id for id, gone in removed.items() if gone],
             skipped=[id for id, gone in removed.items() if not gone],
@@ -593,8 +608,8 @@ def build_api(engine: Engine, fetcher: Fetcher, *, keys: Keys | None, limits: Li
     )
     async def delete_task_files(request: Request, task_id: str, role: Role = None) -> Response:
         """Delete the files of a task that has ended, and keep the task."""
-        await ended(request, task_id)
-        return _answer(request, await run_in_threadpool(remove_files, task_id, role))
+        job = await ended(request, task_id)
+        return _answer(request, await run_in_threadpool(remove_files, job, role))
 
     # What a task is made of
 
@@ -606,7 +621,9 @@ def build_api(engine: Engine, fetcher: Fetcher, *, keys: Keys | None, limits: Li
             if function not in (None, "", "run"):
                 raise Problem(404, f"{NAMESPACE}/{NAME} has no function {function!r}, only run.")
 
-    async def read_input(given: dict[str, Any], owner: str) -> tuple[GenerationRequest, dict[str, Picture]]:
+    async def read_input(
+        given: dict[str, Any], owner: str, base_url: str
+    ) -> tuple[GenerationRequest, dict[str, Picture]]:
         """The request and its pictures, stored. Everything else is checked before a picture is fetched."""
         names = [name for name in PICTURES if given.get(name) is not None]
         prompt = await run_in_threadpool(recovered_prompt, given.get("prompt"))
@@ -614,7 +631,7 @@ def build_api(engine: Engine, fetcher: Fetcher, *, keys: Keys | None, limits: Li
         if "prompt" in given:
             data["prompt"] = prompt
         asked = parse_request(data)
-        pictures = {name: await read_picture(name, given[name], owner) for name in names}
+        pictures = {name: await read_picture(name, given[name], owner, base_url) for name in names}
         refs = {name: ImageRef(path=picture.file.id) for name, picture in pictures.items()}
         return asked.model_copy(update=refs), pictures
 
@@ -629,7 +646,7 @@ def build_api(engine: Engine, fetcher: Fetcher, *, keys: Keys | None, limits: Li
             raise InputError("`prompt` is a large file: give a text.", field="prompt")
         return base64.b64encode(files.path(file.id).read_bytes()).decode()
 
-    async def read_picture(name: str, value: Any, owner: str) -> Picture:
+    async def read_picture(name: str, value: Any, owner: str, base_url: str) -> Picture:
         """A picture as clients give it: URL, {"uri"}, {"path"} of an upload, data URI or bare base64."""
         if isinstance(value, dict):
             value = value.get("uri") or value.get("path")
@@ -639,9 +656,11 @@ def build_api(engine: Engine, fetcher: Fetcher, *, keys: Keys | None, limits: Li
             file = await run_in_threadpool(lambda: files.by_uri(value) or files.by_path(value, owner=owner))
         if file is not None:
             return await run_in_threadpool(files.picture, file, field=name)
-        if isinstance(value, str) and value.startswith(("http://", "https://")):
+        if isinstance(value, str) and value.startswith(f"{base_url}/files/"):
+            raise InputError(f"`{name}` is not on the server any more: give the picture again.", field=name)
+        if isinstance(value, str) and value[:8].lower().startswith(("http://", "https://")):
             data = await fetcher.fetch(value, field=name)
-        elif (decoded := _decoded(value)) is not None:
+        elif (decoded := await run_in_threadpool(_decoded, value)) is not None:
             data = decoded
         else:
             raise InputError(
@@ -671,22 +690,29 @@ def build_api(engine: Engine, fetcher: Fetcher, *, keys: Keys | None, limits: Li
             uploads.append(Upload(id=file.id, path=path, upload_url=upload_url, **file.described(base_url)))
         return _answer(request, uploads)
 
+    uploading: set[tuple[str, str]] = set()
     bytes_body = {"requestBody": {"content": {"application/octet-stream": {}}, "required": True}}
 
     @api.put("/files/{secret}/{file_id}", status_code=204, tags=["files"], openapi_extra=bytes_body)
     async def upload_file(request: Request, secret: str, file_id: str) -> Response:
         """The bytes of an announced file, once. The secret in the URL stands for a key."""
-        if not await run_in_threadpool(files.awaited, file_id, secret):
-            raise Problem(404, "There is no such upload: it is done, out of time, or was never announced.")
-        size, digest = 0, hashlib.sha256()
-        with files.writing(file_id) as target:
-            async for chunk in request.stream():
-                size += len(chunk)
-                if size > MAX_BYTES:
-                    raise Problem(413, f"The file is above the limit of {MAX_BYTES // 2**20} MiB.")
-                digest.update(chunk)
-                target.write(chunk)
-        await run_in_threadpool(files.arrived, file_id, size=size, sha256=digest.hexdigest())
+        if (secret, file_id) in uploading:
+            raise Problem(409, "This upload is under way already.")
+        uploading.add((secret, file_id))
+        try:
+            if not await run_in_threadpool(files.awaited, file_id, secret):
+                raise Problem(404, "There is no such upload: it is done, out of time or was never announced.")
+            size, digest = 0, hashlib.sha256()
+            async with contextmanager_in_threadpool(files.writing(file_id)) as target:
+                async for chunk in request.stream():
+                    size += len(chunk)
+                    if size > MAX_BYTES:
+                        raise Problem(413, f"The file is above the limit of {MAX_BYTES // 2**20} MiB.")
+                    digest.update(chunk)
+                    await run_in_threadpool(target.write, chunk)
+            await run_in_threadpool(files.arrived, file_id, size=size, sha256=digest.hexdigest())
+        finally:
+            uploading.discard((secret, file_id))
         return Response(status_code=204)
 
     @api.head("/files/{secret}/{file_id}", include_in_schema=False)
@@ -824,11 +850,13 @@ def build_api(engine: Engine, fetcher: Fetcher, *, keys: Keys | None, limits: Li
             ),
         )
 
+    @api.head("/healthz", include_in_schema=False)
     @api.get("/healthz", response_model=Health, tags=["server"])
     async def health() -> Response:
         """The server answers."""
         return Response(_dumps({"status": "ok"}), media_type="application/json")
 
+    @api.head("/readyz", include_in_schema=False)
     @api.get("/readyz", response_model=Health, tags=["server"])
     async def ready() -> Response:
         """200 once tasks are taken and drawn."""
@@ -838,20 +866,22 @@ def build_api(engine: Engine, fetcher: Fetcher, *, keys: Keys | None, limits: Li
         return Response(_dumps({"status": "ready"}), media_type="application/json")
 
     async def unknown(request: Request) -> Response:
-        for route in api.routes:
-            match, _ = route.matches(request.scope)
-            if match == Match.PARTIAL:
-                raise Problem(405, f"{request.method} is not possible here.")
+        here = [route for route in api.routes if route.matches(request.scope)[0] == Match.PARTIAL]
+        if here:
+            methods = {method for route in here for method in getattr(route, "methods", ())}
+            allowed = {"Allow": ", ".join(sorted(methods))}
+            raise Problem(405, f"{request.method} is not possible here.", headers=allowed)
         raise Problem(404, "There is nothing here.")
 
-    for prefix in PREFIXES[:5]:
+    for prefix in PREFIXES:
         for path in (f"/{prefix}", f"/{prefix}/{{rest:path}}"):
             api.add_api_route(
                 path,
                 unknown,
-                methods=["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"],
+                methods=[],  # any
+                operation_id=path,
                 include_in_schema=False,
-                dependencies=[KEYED],
+                dependencies=[] if prefix in OPEN else [KEYED],
             )
     api.openapi = lambda: _with_problems(FastAPI.openapi(api))  # type: ignore[method-assign]
     return api
@@ -883,15 +913,12 @@ def _flat(schema: dict[str, Any]) -> dict[str, Any]:
     return schema
 
 
-def _dumps_any(value: Any) -> str:
-    return json.dumps(value, sort_keys=True)
-
-
 def _decoded(value: Any) -> bytes | None:
     """The bytes of a base64 data URI or of bare base64; None for anything else."""
     if not isinstance(value, str):
         return None
     text = re.sub(r"\Adata:[^,]*;base64,", "", value)
+    text = text.replace("\r", "").replace("\n", "")  # the program base64 breaks it into lines
     try:
         return base64.b64decode(text, validate=True) or None
     except (ValueError, binascii.Error):
@@ -917,7 +944,7 @@ class Front:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = re.sub("/{2,}", "/", scope.get("path", ""))
-        if scope["type"] == "http" and path.split("/")[1:2][0] in PREFIXES:
+        if scope["type"] == "http" and path.startswith("/") and path.split("/")[1] in PREFIXES:
             await self.api({**scope, "path": path, "raw_path": path.encode()}, receive, send)
         else:
             await self.app(scope, receive, send)

@@ -27,7 +27,7 @@ from uso.errors import Cancelled, USOError
 from uso.metadata import describe, save_png
 from uso.schema import GenerationRequest, draw_seed, parse_request, resolve_size
 from uso.serve.files import Files, Picture, StoredFile
-from uso.serve.store import Store
+from uso.serve.store import Store, is_full
 from uso.serve.webhooks import payload
 from uso.serve.work import Drawn, Event, Phase, Progress, Work
 
@@ -285,10 +285,11 @@ class Engine:
     def get(self, job_id: str) -> Job | None:
         """A job of this or a former process, unless it was deleted."""
         job = self._jobs.get(job_id) or self._finished.get(job_id)
-        if job is None and (row := self._store.one("SELECT * FROM tasks WHERE id = ?", job_id)):
-            with self._changed:
-                # it may have been changed, and remembered, since the row was read
-                job = self._jobs.get(job_id) or self._remember(self._of_row(row))
+        if job is None:
+            with self._changed:  # or it could be changed or deleted while its row is read
+                job = self._jobs.get(job_id) or self._finished.get(job_id)
+                if job is None and (row := self._store.one("SELECT * FROM tasks WHERE id = ?", job_id)):
+                    job = self._remember(self._of_row(row))
         return job
 
     def batches(self, owner: str) -> list[list[str]]:
@@ -708,4 +709,6 @@ def _update(db: sqlite3.Connection, job: Job) -> None:
 
 def _sentence(error: Exception) -> str:
     """Our own errors speak to people; of others they get the kind, and the log has the rest."""
+    if is_full(error):
+        return "The server's disk is full: try again later."
     return str(error) if isinstance(error, USOError) else f"{type(error).__name__}: {error}"

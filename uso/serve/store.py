@@ -4,6 +4,7 @@ A transaction is on the disk when it ends (write-ahead log, `synchronous=FULL`),
 afterwards is answered the truth, whatever happens to the process. Times are seconds since 1970.
 """
 
+import errno
 import sqlite3
 import threading
 from collections.abc import Iterator
@@ -174,3 +175,9 @@ class Store:
 def iso(seconds: float) -> str:
     """A time as the API writes it: ISO 8601, UTC."""
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def is_full(error: Exception) -> bool:
+    """Whether an error of the system or of SQLite says that the disk is full."""
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+    return full or getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL

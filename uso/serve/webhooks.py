@@ -110,7 +110,11 @@ class Deliverer:
 
     async def _deliver(self, message: sqlite3.Row) -> None:
         """One try, and what came of it into the outbox."""
-        failure, wait = await self._send(message)
+        try:
+            failure, wait = await self._send(message)
+        except Exception as error:
+            logger.exception("Webhook of task %s", message["task_id"])
+            failure, wait = f"{type(error).__name__}: {error}", 0.0
         now, tries, next_try_at = time.time(), message["tries"] + 1, None
         if wait is not None and tries <= len(self._delays):
             delay = self._delays[tries - 1] * random.uniform(1, 1.25)
