@@ -58,6 +58,8 @@ class Settings(BaseSettings):
     memory: Literal["auto", "full", "staged", "offload"] = Field(
         default="auto", validation_alias="USO_MEMORY"
     )
+    quantize: Literal["none", "int8", "int4"] = Field(default="none", validation_alias="USO_QUANTIZE")
+    turbo: bool = Field(default=False, validation_alias="USO_TURBO")
     queue_limit: int = Field(default=32, validation_alias="USO_QUEUE_LIMIT", ge=1)
     step_limit: float = Field(default=600.0, validation_alias="USO_STEP_LIMIT", gt=0)
     max_attempts: int = Field(default=3, validation_alias="USO_MAX_ATTEMPTS", ge=1)

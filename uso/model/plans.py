@@ -18,7 +18,7 @@ from uso.errors import CheckpointError
 from uso.model import keymaps
 from uso.model.keymaps import Shape, Source
 from uso.model.style_projector import StyleProjector
-from uso.model.variants import FluxVariant
+from uso.model.variants import PUBLISHED_ENCODERS, FluxVariant
 from uso.model.weights import Plan, Weights, read_json
 
 # What a folder may hold beside the model that is taken from it.
@@ -30,6 +30,7 @@ LEFTOVERS = {
     ),
     "siglip": re.compile(r"text_model\.|logit_scale$|logit_bias$|vision_model\.embeddings\.position_ids$"),
 }
+ENCODERS: dict[str, Any] = {"t5": T5EncoderModel, "clip": CLIPTextModel, "siglip": SiglipVisionModel}
 # Component of a diffusers folder -> its class, or the name of the encoder.
 COMPONENTS: dict[str, Any] = {
     "transformer": FluxTransformer2DModel,
@@ -139,7 +140,7 @@ def _official_lora_names(names: Mapping[str, Shape]) -> dict[str, str]:
 
 def encoder_plan(name: str, folder: Path) -> Plan:
     """T5, CLIP's text tower or SigLIP's vision tower ("t5", "clip", "siglip"), by its config.json."""
-    model_class: Any = {"t5": T5EncoderModel, "clip": CLIPTextModel, "siglip": SiglipVisionModel}[name]
+    model_class = ENCODERS[name]
     model = _on_meta(model_class, _encoder_config(model_class, folder))
     shapes = _parameter_shapes(model)
     if name == "t5":
@@ -191,6 +192,22 @@ def official_plan(name: str, variant: FluxVariant, paths: Mapping[str, Path], we
     if width is not None and (got := plan.model.config.hidden_size) != width:
         raise CheckpointError(f"{paths[name]} has width {got}; {variant.name} expects {width}.")
     return plan
+
+
+def published_components(variant: FluxVariant) -> dict[str, Any]:
+    """USO on `variant` as published, on the meta device, by the names of `COMPONENTS`. No file is needed."""
+    encoders = {
+        name: _on_meta(model_class, model_class.config_class(**PUBLISHED_ENCODERS[name]))
+        for name, model_class in ENCODERS.items()
+    }
+    encoders["t5"].tie_weights()
+    siglip = encoders["siglip"].config
+    return {
+        "transformer": transformer_plan(variant).model,
+        "vae": autoencoder_plan(variant).model,
+        "style_projector": projector_plan(variant, siglip).model,
+        **{part: encoders[name] for part, name in COMPONENTS.items() if isinstance(name, str)},
+    }
 
 
 def component_plan(name: str, folder: Path) -> Plan:

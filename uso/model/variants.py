@@ -32,6 +32,23 @@ FLUX_DEV_LICENCE = "FLUX.1 [dev] Non-Commercial License"
 FIXED_BY_DIFFUSERS = {"mlp_ratio": 4.0, "theta": 10_000, "qkv_bias": True}
 
 
+# The published encoders' config.json, as far as it gives shapes: T5 v1.1 XXL, CLIP-L, SigLIP so400m.
+PUBLISHED_ENCODERS: dict[str, dict[str, int | str]] = {
+    "t5": {
+        "vocab_size": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64,
+        "feed_forward_proj": "gated-gelu",
+    },
+    "clip": {
+        "vocab_size": 49408, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+        "num_attention_heads": 12, "max_position_embeddings": 77, "projection_dim": 768,
+    },
+    "siglip": {
+        "hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16,
+        "image_size": 384, "patch_size": 14,
+    },
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class AutoencoderShape:
     """Numbers of the BFL autoencoder."""

@@ -1,0 +1,160 @@
+"""The table of modes: bytes at full size, and the formulas behind them against runs on the meta device."""
+
+import dataclasses
+import weakref
+from collections.abc import Iterator
+from typing import Any, get_args
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from uso.model.modes import (
+    GB,
+    MEMORY_MODES,
+    TABLE,
+    Footprint,
+    Picture,
+    Quantization,
+    choose_memory,
+    modulation_layers,
+    tensors,
+)
+from uso.model.plans import autoencoder_plan, published_components, transformer_plan
+from uso.model.variants import DEV
+from uso.settings import Settings
+
+
+@pytest.fixture(scope="module")
+def published() -> dict[str, Any]:
+    return published_components(DEV)
+
+
+def footprint(published: dict[str, Any], quantize: Quantization = "none") -> Footprint:
+    return Footprint.of(published, itemsize=2, quantize=quantize)
+
+
+def test_the_table_has_a_row_for_each_setting() -> None:
+    names = [mode.name for mode in TABLE]
+    assert names == [*MEMORY_MODES, *(kind for kind in get_args(Quantization) if kind != "none"), "turbo"]
+    kinds = {name: get_args(Settings.model_fields[name].annotation) for name in ("memory", "quantize")}
+    assert kinds == {"memory": ("auto", *MEMORY_MODES), "quantize": get_args(Quantization)}
+
+
+@pytest.mark.parametrize(
+    ("quantize", "full", "staged", "offload"),
+    [("none", 35.5, 17.31, 1.71), ("int8", 22.3, 8.73, 1.71), ("int4", 16.4, 4.94, 1.71)],
+)
+def test_weights_on_the_device_at_full_size(
+    published: dict[str, Any], quantize: Quantization, full: float, staged: float, offload: float
+) -> None:
+    """Decimal GB of FLUX.1-dev in bf16; `staged` without the modulation layers' 6.5."""
+    found = footprint(published, quantize)
+    assert [found.weights(mode) / GB for mode in MEMORY_MODES] == pytest.approx(
+        [full, staged, offload], abs=0.05
+    )
+
+
+@pytest.mark.parametrize(("quantize", "limit"), [("none", 19), ("int8", 10), ("int4", 6.1)])
+def test_what_a_card_must_have(published: dict[str, Any], quantize: Quantization, limit: float) -> None:
+    """A 1024x1024 picture of a subject in a style, no weights streamed."""
+    assert footprint(published, quantize).peak("staged") < limit * GB
+
+
+def test_the_modulation_is_a_quarter_of_the_transformer(published: dict[str, Any]) -> None:
+    layers = modulation_layers(published["transformer"])
+    assert len(layers) == 19 * 2 + 38 + 1
+    weights = sum(tensor.numel() for layer in layers for tensor in tensors(layer))
+    assert weights == pytest.approx(3.25e9, rel=0.01)
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes that tensors other than `known` held at once."""
+
+    def __init__(self, known: list[torch.Tensor]) -> None:
+        super().__init__()
+        self.known = {tensor.untyped_storage()._cdata for tensor in known}
+        self.live: list[tuple[weakref.ref[torch.Tensor], int, int]] = []
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        outputs = func(*args, **(kwargs or {}))
+        for tensor in filter(torch.is_tensor, tree_leaves(outputs)):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self.known:
+                self.live.append((weakref.ref(tensor), storage._cdata, storage.nbytes()))
+        self.live = [entry for entry in self.live if entry[0]() is not None]
+        self.peak = max(self.peak, sum({storage: size for _, storage, size in self.live}.values()))
+        return outputs
+
+
+@pytest.fixture
+def no_attention(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """On meta, attention would be written out; on devices it holds no scores."""
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda query, key, value, **_: torch.empty_like(query),
+    )
+
+
+@pytest.mark.usefixtures("no_attention")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_activations_of_a_step(published: dict[str, Any], dtype: torch.dtype) -> None:
+    """FLUX's width at full length on meta, few blocks: their number does not count."""
+    variant = dataclasses.replace(DEV, depth=1, depth_single_blocks=2)
+    model = transformer_plan(variant).model.to(dtype).requires_grad_(False)
+    picture = Picture(styles=2)
+    found = Footprint.of(published, itemsize=dtype.itemsize)
+    text = found.text_tokens + 2 * found.style_tokens
+    image = found.tokens(picture) - text
+
+    def zeros(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.zeros(*shape, dtype=dtype, device="meta")
+
+    inputs = {
+        "hidden_states": zeros(1, image, 64),
+        "timestep": zeros(1),
+        "guidance": zeros(1),
+        "pooled_projections": zeros(1, 768),
+        "encoder_hidden_states": zeros(1, text, 4096),
+        "txt_ids": zeros(text, 3, dtype=torch.float32),
+        "img_ids": zeros(image, 3, dtype=torch.float32),
+    }
+    with torch.no_grad(), LiveBytes(tensors(model)) as live:
+        model(**inputs)
+    assert found.transformer_activations(picture, turbo=False) == pytest.approx(live.peak, rel=0.03)
+
+
+@pytest.mark.usefixtures("no_attention")
+@pytest.mark.parametrize(("side", "content"), [(1024, 512), (512, 1024)])
+def test_activations_of_the_autoencoder(published: dict[str, Any], side: int, content: int) -> None:
+    model = autoencoder_plan(DEV).model.to(torch.bfloat16).requires_grad_(False)
+    with torch.no_grad(), LiveBytes(tensors(model)) as live:
+        model.encode(torch.zeros(1, 3, content, content, dtype=torch.bfloat16, device="meta"))
+        model.decode(torch.zeros(1, 16, side // 8, side // 8, dtype=torch.bfloat16, device="meta"))
+    picture = Picture(side, side, content=((content, content),))
+    assert footprint(published).vae_activations(picture) == pytest.approx(live.peak, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("free", "mode", "says"),
+    [
+        (80, "full", "needs 37.6 GB in it, 80.0 GB are free"),
+        (24, "staged", "needs 18.4 GB in it, 24.0 GB are free; full needs 37.6 GB"),
+        (12, "offload", "needs 2.3 GB in it, 12.0 GB are free; staged needs 18.4 GB"),
+    ],
+)
+def test_auto_takes_the_fastest_that_fits(published: dict[str, Any], free: int, mode: str, says: str) -> None:
+    chosen, why = choose_memory(footprint(published), free * GB)
+    assert chosen == mode
+    assert says in why
+
+
+def test_larger_pictures_take_more(published: dict[str, Any]) -> None:
+    found = footprint(published)
+    sizes = [Picture(512, 512), Picture(), Picture(styles=2), Picture(1536, 1536, ((1024, 1024),), 2)]
+    peaks = [found.peak("staged", picture) for picture in sizes]
+    assert peaks == sorted(set(peaks))
+    assert found.peak("staged", turbo=True) > found.peak("staged")
