@@ -184,8 +184,8 @@ class Footprint:
         return max(getattr(part, kind) + beside[name] for name, part in self.parts.items())
 
     def transformer_activations(self, picture: Picture, *, turbo: bool) -> int:
-        # A block's rotary embedding is the peak: residual, norm, MLP (4), q, k and v are held, and
-        # beside them four float32 copies of q, or six of its own kind. turbo keeps three more states of the sequence.
+        # The peak is in a block's rotary embedding: residual, norm, MLP (4), q, k and v are held, and four
+        # float32 copies of q, or six of its own kind. turbo keeps three more states of the sequence.
         numbers = max(9 * self.itemsize + 4 * 4, 15 * self.itemsize) + 3 * turbo * self.itemsize
         return self.tokens(picture) * self.hidden * numbers
 
