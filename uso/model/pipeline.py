@@ -4,15 +4,13 @@ The computation of the official code (bytedance/USO, `uso/flux/pipeline.py`) ove
 transformers. What is kept and what differs on purpose is listed in ARCHITECTURE.md.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, FluxTransformer2DModel
-from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import FluxLoraLoaderMixin
 from diffusers.utils import BaseOutput
@@ -29,6 +27,7 @@ from uso.model.geometry import (
     schedule_mu,
     unpack_latents,
 )
+from uso.model.once import ConditioningCache, precomputed
 from uso.model.scheduler import USOFlowMatchEulerScheduler
 from uso.model.style_projector import StyleProjector
 from uso.schema import resolve_size
@@ -42,26 +41,6 @@ class USOPipelineOutput(BaseOutput):
     """`images`: a list of one PIL picture, or an array or tensor with a batch dimension."""
 
     images: list[Image.Image] | np.ndarray | Tensor
-
-
-class OnceAnImage(ModelHook):
-    """Keeps a module's first output, with `prefix` tokens before it, for all further steps of one picture."""
-
-    NAME = "uso_once_an_image"
-
-    def __init__(self, prefix: Tensor | None = None) -> None:
-        super().__init__()
-        self.prefix = prefix
-        self.output: Any = None
-
-    def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if self.output is None:
-            output = self.fn_ref.original_forward(*args, **kwargs)
-            if self.prefix is not None:
-                # (B, S, D) + (B, T, D) -> (B, S + T, D)
-                output = torch.cat([self.prefix.to(output), output], dim=1)
-            self.output = output
-        return self.output
 
 
 class USOPipeline(DiffusionPipeline, FluxLoraLoaderMixin):
@@ -114,6 +93,7 @@ class USOPipeline(DiffusionPipeline, FluxLoraLoaderMixin):
             native_scale=native_scale, native_side=native_side, max_sequence_length=max_sequence_length
         )
         self.image_processor = VaeImageProcessor(vae_scale_factor=PIXELS_PER_TOKEN)
+        self.conditioning = ConditioningCache()
         self._interrupt = False
 
     @property
@@ -225,20 +205,33 @@ class USOPipeline(DiffusionPipeline, FluxLoraLoaderMixin):
             if self.transformer.config.guidance_embeds:
                 guidance = torch.full((1,), guidance_scale, device=device, dtype=dtype)
 
+            # the official code casts sigma, not 1000 sigma, to the model's dtype
+            sigmas = [
+                torch.full((1,), sigma, device=device, dtype=dtype)
+                for sigma in self.scheduler.sigmas[:-1].tolist()
+            ]
+
             # 7. Denoise
             with (
-                once_an_image(self.transformer, style_tokens=style_tokens),
+                precomputed(
+                    self.transformer,
+                    sigmas=sigmas,
+                    guidance=guidance,
+                    pooled_projections=pooled_prompt_embeds,
+                    encoder_hidden_states=prompt_embeds,
+                    style_tokens=style_tokens,
+                    ids=torch.cat([txt_ids, img_ids]),
+                ) as at_step,
                 self.progress_bar(total=num_inference_steps) as progress_bar,
             ):
                 for i, t in enumerate(self.scheduler.timesteps):
                     if self.interrupt:
                         break
-                    # the official code casts sigma, not 1000 sigma, to the model's dtype
-                    sigma = torch.full((1,), self.scheduler.sigmas[i].item(), device=device, dtype=dtype)
+                    at_step(i)
                     with self.transformer.cache_context("cond"):
                         prediction = self.transformer(
                             hidden_states=torch.cat([latents, *content_tokens], dim=1),
-                            timestep=sigma,
+                            timestep=sigmas[i],
                             guidance=guidance,
                             pooled_projections=pooled_prompt_embeds,
                             encoder_hidden_states=prompt_embeds,
@@ -265,6 +258,9 @@ class USOPipeline(DiffusionPipeline, FluxLoraLoaderMixin):
                         pixels.float(), size=(height, width), mode="bicubic", antialias=True
                     )
                 images = self.image_processor.postprocess(pixels, output_type=output_type)
+        except torch.OutOfMemoryError:
+            self.conditioning.clear()
+            raise
         finally:
             self.maybe_free_model_hooks()
 
@@ -331,8 +327,14 @@ class USOPipeline(DiffusionPipeline, FluxLoraLoaderMixin):
         """T5's states `(1, max_sequence_length, D)`, padding unmasked, and CLIP's pooled `(1, P)`."""
         t5_ids = self.token_ids(self.tokenizer_2, prompt, self.config.max_sequence_length)
         clip_ids = self.token_ids(self.tokenizer, prompt, self.tokenizer.model_max_length)
-        pooled = self.text_encoder(clip_ids.to(device)).pooler_output
-        prompt_embeds = self.text_encoder_2(t5_ids.to(device)).last_hidden_state
+        pooled = self.conditioning.get(
+            "pooled prompt", [self.text_encoder], clip_ids,
+            lambda ids: self.text_encoder(ids).pooler_output, device=device,
+        )  # fmt: skip
+        prompt_embeds = self.conditioning.get(
+            "prompt", [self.text_encoder_2], t5_ids,
+            lambda ids: self.text_encoder_2(ids).last_hidden_state, device=device,
+        )  # fmt: skip
         return prompt_embeds.to(device, dtype), pooled.to(device, dtype)
 
     @staticmethod
@@ -349,9 +351,16 @@ class USOPipeline(DiffusionPipeline, FluxLoraLoaderMixin):
         if not images:
             return None
         pixels = torch.cat([self.style_pixels(image) for image in images])  # (B, 3, S, S)
-        pixels = pixels.to(device, self.image_encoder.dtype)
-        hidden_states = self.image_encoder(pixels, output_hidden_states=True).hidden_states
-        tokens = self.style_projector(hidden_states)  # (B, 3K, hidden)
+
+        def project(pixels: Tensor) -> Tensor:
+            pixels = pixels.to(self.image_encoder.dtype)
+            hidden_states = self.image_encoder(pixels, output_hidden_states=True).hidden_states
+            return self.style_projector(hidden_states)  # (B, 3K, hidden)
+
+        tokens = self.conditioning.get(
+            ("style", *self.style_projector.config.levels), [self.image_encoder, self.style_projector],
+            pixels, project, device=device,
+        )  # fmt: skip
         return tokens.flatten(0, 1)[None].to(device, dtype)  # (B, 3K, hidden) -> (1, B * 3K, hidden)
 
     def style_pixels(self, image: Image.Image) -> Tensor:
@@ -380,8 +389,11 @@ class USOPipeline(DiffusionPipeline, FluxLoraLoaderMixin):
             prepared = fit_into_square(image, shape=shape, side=self.config.native_side)
         else:
             prepared = prepare_content(image, long_size)
-        pixels = self.image_processor.preprocess(prepared).to(device, self.vae.dtype)
-        mean = self.vae.encode(pixels).latent_dist.mode()
+        pixels = self.image_processor.preprocess(prepared)  # (1, 3, h, w) in [-1, 1]
+        mean = self.conditioning.get(
+            "content", [self.vae], pixels,
+            lambda pixels: self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.mode(), device=device,
+        )  # fmt: skip
         return self.vae.config.scaling_factor * (mean - self.vae.config.shift_factor)
 
     def native_content_size(self, image: Image.Image, content_long_size: int) -> int:
@@ -427,22 +439,6 @@ class USOPipeline(DiffusionPipeline, FluxLoraLoaderMixin):
         latents = unpack_latents(latents, width=width, height=height)
         latents = latents.to(self.vae.dtype) / self.vae.config.scaling_factor + self.vae.config.shift_factor
         return self.vae.decode(latents, return_dict=False)[0]
-
-
-@contextmanager
-def once_an_image(transformer: FluxTransformer2DModel, *, style_tokens: Tensor | None) -> Iterator[None]:
-    """Within it, the text's embedding (style tokens before it) and the rotary embedding are computed once.
-
-    Hooks, not other modules: saving, LoRA, offload and compilation see the transformer as it is.
-    """
-    hooks = {transformer.context_embedder: OnceAnImage(style_tokens), transformer.pos_embed: OnceAnImage()}
-    try:
-        for module, hook in hooks.items():
-            HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, OnceAnImage.NAME)
-        yield
-    finally:
-        for module in hooks:
-            HookRegistry.check_if_exists_or_initialize(module).remove_hook(OnceAnImage.NAME, recurse=False)
 
 
 def _round_to_tokens(pixels: float) -> int:

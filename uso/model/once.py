@@ -1,0 +1,193 @@
+"""What does not change is computed once: within a picture by a hook, from picture to picture by a cache.
+
+Hooks, not other modules: saving, LoRA, offload and compilation see the transformer as it is.
+"""
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from diffusers import FluxTransformer2DModel
+from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZero, AdaLayerNormZeroSingle
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.func import functional_call
+
+CACHE_BYTES = 256 * 10**6  # 60 prompts of FLUX, or 200 style pictures
+SAMPLES = 8  # values looked at in each weight
+
+
+class Precomputed(ModelHook):
+    """Gives `output` in place of the module's own."""
+
+    NAME = "uso_precomputed"
+
+    def __init__(self, output: Any) -> None:
+        super().__init__()
+        self.output = output
+
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return self.output
+
+
+@contextmanager
+def precomputed(
+    transformer: FluxTransformer2DModel,
+    *,
+    sigmas: list[Tensor],
+    guidance: Tensor | None,
+    pooled_projections: Tensor,
+    encoder_hidden_states: Tensor,
+    style_tokens: Tensor | None,
+    ids: Tensor,
+) -> Iterator[Callable[[int], Any]]:
+    """Within it a step computes only what depends on the latents. Call what it gives with the step's index.
+
+    Once for all steps: the text's embedding with the style tokens before it, the rotary embedding, and the
+    modulations. Meanwhile `modulation_layers` are not called: their weights may lie elsewhere.
+
+    Args:
+        sigmas: the `timestep` of each step, `(1,)`.
+        guidance: `(1,)`; None for a model without.
+        pooled_projections: CLIP's, `(1, P)`.
+        encoder_hidden_states: T5's, `(1, T, D)`; where they lie is where everything is computed.
+        style_tokens: `(1, S, hidden)`.
+        ids: positions of the style, text, image and content tokens, `(S + T + N, 3)`.
+    """
+    text = lend(transformer.context_embedder, encoder_hidden_states.device)(encoder_hidden_states)
+    if style_tokens is not None:
+        text = torch.cat([style_tokens.to(text), text], dim=1)  # (1, S, D) + (1, T, D) -> (1, S + T, D)
+    outputs = {transformer.context_embedder: text, transformer.pos_embed: transformer.pos_embed(ids)}
+    rows = modulations(transformer, sigmas=sigmas, guidance=guidance, pooled_projections=pooled_projections)
+    table = torch.cat(list(rows.values()), dim=1)  # (steps, all widths)
+    # Each step's row is copied to the same place: an index would be a constant of a compiled block.
+    current = torch.empty_like(table[:1])
+    outputs |= zip(rows, current.split([row.shape[1] for row in rows.values()], dim=1), strict=True)
+    with ExitStack() as stack:
+        for module, output in outputs.items():
+            registry = HookRegistry.check_if_exists_or_initialize(module)
+            registry.register_hook(Precomputed(output), Precomputed.NAME)
+            stack.callback(registry.remove_hook, Precomputed.NAME, recurse=False)
+        yield lambda step: current.copy_(table[step : step + 1])
+
+
+def modulation_layers(transformer: FluxTransformer2DModel) -> list[Any]:
+    """The linear layers of adaLN: 3.25 of FLUX's 11.9 billion weights, called by `modulations` alone."""
+    kinds = (AdaLayerNormZero, AdaLayerNormZeroSingle, AdaLayerNormContinuous)
+    return [norm.linear for norm in transformer.modules() if isinstance(norm, kinds)]
+
+
+def modulations(
+    transformer: FluxTransformer2DModel,
+    *,
+    sigmas: list[Tensor],
+    guidance: Tensor | None,
+    pooled_projections: Tensor,
+) -> dict[Any, Tensor]:
+    """What `time_text_embed` and each of the `modulation_layers` give in every step, `(steps, width)`.
+
+    Through the live modules, so that LoRAs count, and a row at a time, so that it is what a step would give.
+    """
+    device = pooled_projections.device
+    embed = lend(transformer.time_text_embed, device)
+    scaled_guidance = () if guidance is None else (guidance * 1000,)  # as in the transformer's forward
+    embeddings = [embed(sigma * 1000, *scaled_guidance, pooled_projections) for sigma in sigmas]
+    activated = [nn.functional.silu(embedding) for embedding in embeddings]
+    rows = {transformer.time_text_embed: torch.cat(embeddings)}
+    for layer in modulation_layers(transformer):
+        project = lend(layer, device)
+        rows[layer] = torch.cat([project(embedding) for embedding in activated])
+    return rows
+
+
+def lend(module: nn.Module, device: torch.device) -> Callable[..., Tensor]:
+    """`module`, callable on `device`: weights that lie elsewhere are copied there for as long as it is held.
+
+    Those on meta are brought by accelerate's own hook.
+    """
+    tensors = dict(module.named_parameters()) | dict(module.named_buffers())
+    if all(tensor.device.type in (device.type, "meta") for tensor in tensors.values()):
+        return module
+    lent = {name: tensor.to(device) for name, tensor in tensors.items()}
+    return lambda *args: functional_call(module, lent, args)
+
+
+class ConditioningCache:
+    """What encoders made of what they were given; the least recently used goes first.
+
+    Values lie on the CPU. Their key is all that decides them: the encoder's input, its weights, the device.
+
+    Args:
+        limit: bytes to hold at most.
+    """
+
+    def __init__(self, limit: int = CACHE_BYTES) -> None:
+        self.limit = limit
+        self.size = 0
+        self._values: OrderedDict[tuple[Any, ...], Tensor] = OrderedDict()
+
+    def get(
+        self,
+        key: object,
+        modules: Sequence[nn.Module],
+        inputs: Tensor,
+        compute: Callable[[Tensor], Tensor],
+        *,
+        device: torch.device,
+    ) -> Tensor:
+        """`compute(inputs)` on `device`, or a copy of what it gave before.
+
+        Args:
+            key: what is computed.
+            modules: whose weights decide it.
+            inputs: on the CPU, any shape.
+        """
+        if torch.is_grad_enabled():  # a stored value has no graph
+            return compute(inputs.to(device))
+        content = hashlib.sha256(inputs.numpy().tobytes()).hexdigest()
+        full_key = (key, *map(fingerprint, modules), inputs.shape, inputs.dtype, content, device)
+        value = self._values.get(full_key)
+        if value is None:
+            computed = compute(inputs.to(device))
+            value = self._values[full_key] = computed.to("cpu", copy=True)
+            self.size += value.nbytes
+        self._values.move_to_end(full_key)
+        while self.size > self.limit:
+            self.size -= self._values.popitem(last=False)[1].nbytes
+        return value.to(device, copy=True)
+
+    def clear(self) -> None:
+        self._values.clear()
+        self.size = 0
+
+
+@torch.no_grad()
+def fingerprint(module: nn.Module) -> int:
+    """Another number when the module has other weights, wherever they lie; of use within one process.
+
+    Made of each weight's shape, how often it was written to and a few of its values, and of LoRAs' scales.
+    """
+    samples: dict[Any, list[Tensor]] = {}
+    state: list[Any] = []
+    for part in module.modules():
+        if isinstance(part, BaseTunerLayer):
+            adapters = (part.scaling, part.active_adapters, part.disable_adapters, part.merged_adapters)
+            state.append(repr(adapters))
+        tensors: dict[str, Tensor | None] = {**part._parameters, **part._buffers}
+        for name, tensor in tensors.items():
+            if tensor is None:
+                continue
+            if tensor.is_meta:  # accelerate has it
+                tensor = vars(part)["_hf_hook"].weights_map[name]
+            state.append((tensor.shape, 0 if tensor.is_inference() else tensor._version))
+            size = tensor.numel()
+            count = min(size, SAMPLES)
+            sample = tensor.as_strided((count,), (size // max(count, 1),))
+            samples.setdefault((tensor.dtype, tensor.device), []).append(sample)
+    for (dtype, _), values in samples.items():
+        state += dtype, torch.cat(values).view(torch.uint8).cpu().numpy().tobytes()
+    return hash(tuple(state))
