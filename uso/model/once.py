@@ -1,17 +1,14 @@
-"""What does not change is computed once: within a picture by a hook, from picture to picture by a cache.
-
-Hooks, not other modules: saving, LoRA, offload and compilation see the transformer as it is.
-"""
+"""What does not change is computed once: within a picture by `precomputed`, between pictures by a cache."""
 
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from types import MethodType
 from typing import Any
 
 import torch
 from diffusers import FluxTransformer2DModel
-from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZero, AdaLayerNormZeroSingle
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -19,19 +16,6 @@ from torch.func import functional_call
 
 CACHE_BYTES = 256 * 10**6  # 60 prompts of FLUX, or 200 style pictures
 SAMPLES = 8  # values looked at in each weight
-
-
-class Precomputed(ModelHook):
-    """Gives `output` in place of the module's own."""
-
-    NAME = "uso_precomputed"
-
-    def __init__(self, output: Any) -> None:
-        super().__init__()
-        self.output = output
-
-    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return self.output
 
 
 @contextmanager
@@ -48,7 +32,8 @@ def precomputed(
     """Within it a step computes only what depends on the latents. Call what it gives with the step's index.
 
     Once for all steps: the text's embedding with the style tokens before it, the rotary embedding, and the
-    modulations. Meanwhile `modulation_layers` are not called: their weights may lie elsewhere.
+    modulations. Meanwhile `modulation_layers` are not called: their weights may lie elsewhere. No module is
+    replaced: saving, LoRA, offload and compilation see the transformer as it is.
 
     Args:
         sigmas: the `timestep` of each step, `(1,)`.
@@ -67,12 +52,22 @@ def precomputed(
     # Each step's row is copied to the same place: an index would be a constant of a compiled block.
     current = torch.empty_like(table[:1])
     outputs |= zip(rows, current.split([row.shape[1] for row in rows.values()], dim=1), strict=True)
-    with ExitStack() as stack:
+    before = {module: vars(module).get("forward") for module in outputs}  # of offload, if there is any
+    try:
         for module, output in outputs.items():
-            registry = HookRegistry.check_if_exists_or_initialize(module)
-            registry.register_hook(Precomputed(output), Precomputed.NAME)
-            stack.callback(registry.remove_hook, Precomputed.NAME, recurse=False)
+            module.precomputed = output
+            module.forward = MethodType(_give_precomputed, module)
         yield lambda step: current.copy_(table[step : step + 1])
+    finally:
+        for module, forward in before.items():
+            del module.precomputed, module.forward
+            if forward is not None:
+                module.forward = forward
+
+
+def _give_precomputed(module: Any, *args: Any, **kwargs: Any) -> Any:
+    """A method, and not diffusers' `ModelHook`: then torch.compile makes one graph for all blocks."""
+    return module.precomputed
 
 
 def modulation_layers(transformer: FluxTransformer2DModel) -> list[Any]:
