@@ -199,6 +199,22 @@ def test_a_task_from_its_beginning_to_its_picture(server: Server) -> None:
     }
 
 
+def test_what_a_task_costs_is_told_before(server: Server) -> None:
+    server.wait(server.run())
+    body = {"app": APP, "input": SMALL | {"style_image": base64.b64encode(png()).decode()}}
+    few, many = (
+        server.http.post("/apps/estimate", json=body | {"input": body["input"] | {"num_steps": steps}})
+        for steps in (10, 50)
+    )
+    seconds = [answer.json()["data"]["seconds"] for answer in (few, many)]
+    assert 0 < seconds[0] < seconds[1]
+    assert few.json()["data"]["memory"] > 0
+    assert problem(server.http.post("/apps/estimate", json=body | {"input": {}}), 422, "validation_error")
+    server.engine._device, device = None, server.engine._device
+    assert problem(server.http.post("/apps/estimate", json=body), 503, "unavailable")
+    server.engine._device = device
+
+
 @pytest.mark.parametrize("accept", ["application/x-ndjson", "text/event-stream", "*/*"])
 def test_a_stream_tells_now_each_change_and_the_end(
     server: Server, accept: str, monkeypatch: pytest.MonkeyPatch

@@ -20,6 +20,7 @@ from PIL import Image
 from uso.errors import CheckpointError, InputError
 from uso.metadata import read_parameters
 from uso.model.checkpoints import load_pipeline
+from uso.model.style_projector import StyleProjector
 from uso.schema import parse_request
 from uso.serve import engine as engine_module
 from uso.serve.engine import FINAL, Busy, Engine, Job, Origin
@@ -34,9 +35,16 @@ class FakePipeline:
         self.step = step
         self.placed: list[str] = []
         self.inside = self.most_inside = 0
-        self.components: dict[str, Any] = {}
         self._interrupt = False
         self.transformer = FakeTransformer()
+        self.vae = torch.nn.Linear(8, 8)
+        self.vae.config = SimpleNamespace(block_out_channels=(8, 8))
+        self.components: dict[str, Any] = {
+            "transformer": self.transformer,
+            "vae": self.vae,
+            "style_projector": StyleProjector(16, 8, 4, 2, (-1, -2, -3)),
+        }
+        self.config = SimpleNamespace(max_sequence_length=8, native_scale=1.0, native_side=None)
         self.image_value = 0.5
 
     def __call__(self, prompt: str, *, width: int, height: int, num_inference_steps: int, **rest: Any) -> Any:
@@ -82,6 +90,13 @@ class FakePipeline:
 
 
 class FakeTransformer(torch.nn.Module):
+    dtype = torch.float32
+    config = SimpleNamespace(num_attention_heads=2, attention_head_dim=8, num_layers=1, num_single_layers=1)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = torch.nn.ModuleList([torch.nn.Linear(8, 8)])
+
     def forward(self, latents: torch.Tensor) -> tuple[torch.Tensor]:
         return (torch.zeros_like(latents),)
 
@@ -234,7 +249,9 @@ def test_progress_goes_to_any_number_of_watchers(start: Any) -> None:
         assert left[0] is not None
         assert left[0] > (left[-1] or 0)
         assert seen[-1].state == "completed"
-    assert engine.estimate(512, 512, 4) == pytest.approx(0.6, abs=0.3)
+    cost = engine.cost(first.request.model_copy(update={"num_steps": 4}), {})
+    assert cost is not None
+    assert cost.seconds == pytest.approx(0.6, abs=0.3)
 
 
 def test_the_queue_is_bounded(start: Any) -> None:

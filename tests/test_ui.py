@@ -69,16 +69,16 @@ def test_the_form_is_read_as_the_schema_says(tmp_path: Path, engine: Engine) -> 
     Image.new("RGB", (64, 48), "red").save(path)
     form = {name: field.default for name, field in GenerationRequest.model_fields.items()}
     form |= {"prompt": "a fox", "content_image": {"path": str(path)}, "width": 1024, "height": 512}
-    kept: dict[str, Any] = {"files": engine.files, "owner": "page:me"}
-    request, pictures = ui.read_form(form, auto_size=True, **kept)
+    request, given = ui.read_form(form, auto_size=True)
     assert (request.width, request.height) == (None, None)
-    subject = pictures["content_image"]
-    assert (subject.width, subject.height) == (64, 48)
+    assert given == {"content_image": path}
+    subject = ui.keep_pictures(given, files=engine.files, owner="page:me")["content_image"]
+    assert (subject.width, subject.height) == ui.picture_size(path) == (64, 48)
     assert engine.files.path(subject.file.id).read_bytes() == path.read_bytes()
-    request, _ = ui.read_form(form, auto_size=False, **kept)
+    request, _ = ui.read_form(form, auto_size=False)
     assert (request.width, request.height) == (1024, 512)
     with pytest.raises(InputError, match="`guidance` must be"):
-        ui.read_form(form | {"guidance": 9}, auto_size=True, **kept)
+        ui.read_form(form | {"guidance": 9}, auto_size=True)
 
 
 def test_a_wrong_file_is_told_below_its_slot(tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ class Job:
         request: with the seed drawn.
         output: the PNG to write.
         parameters: what goes into the PNG, with the size and the pictures' hashes (`uso.metadata.describe`).
+        sizes: (width, height) of the request's pictures, by field.
         note: what the user should be told about the size.
     """
 
@@ -47,6 +48,7 @@ class Job:
     request: GenerationRequest
     output: Path
     parameters: Mapping[str, Any]
+    sizes: Mapping[str, tuple[int, int]]
     note: str | None
 
 
@@ -117,14 +119,16 @@ class Plan:
 
     def _job(self, origin: str, request: GenerationRequest, output: Path) -> Job:
         """Look at the pictures and decide the size; InputError if it cannot be made."""
-        hashes, content_size = {}, None
+        hashes, sizes = {}, {}
         for name in IMAGE_FIELDS:
             if (reference := getattr(request, name)) is not None:
                 long_size = request.content_long_size if name == "content_image" else None
-                size, hashes[name] = self._inspect(reference.path, name, long_size)
-                content_size = size if name == "content_image" else content_size
+                sizes[name], hashes[name] = self._inspect(reference.path, name, long_size)
         target = resolve_size(
-            width=request.width, height=request.height, keep_size=request.keep_size, content_size=content_size
+            width=request.width,
+            height=request.height,
+            keep_size=request.keep_size,
+            content_size=sizes.get("content_image"),
         )
         parameters = describe(
             request,
@@ -134,7 +138,7 @@ class Plan:
             model=self.model,
             image_sha256=hashes,
         )
-        return Job(origin, request, output, parameters, target.note)
+        return Job(origin, request, output, parameters, sizes, target.note)
 
     def _is_there(self, job: Job, *, any_seed: bool) -> bool:
         """Whether the output exists with the job's parameters; InputError if it is another picture."""

@@ -10,7 +10,7 @@ import hashlib
 import json
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -23,6 +23,8 @@ from uso.schema import GenerationRequest
 from uso.serve.work import Drawn, Work
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from uso.serve.device import Device
     from uso.settings import Settings
 
@@ -209,7 +211,7 @@ def generate(args: argparse.Namespace) -> int:
             folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"`--output` cannot be written to: {error}.") from error
-    failures = make_all(plan.jobs, settings=settings, debug=args.debug)
+    failures = make_all(plan.jobs, settings=settings, model=plan.model, debug=args.debug)
     for failure in failures:
         _complain(failure)
     if failures:
@@ -217,23 +219,31 @@ def generate(args: argparse.Namespace) -> int:
     return 1 if failures else 0
 
 
-def make_all(jobs: Sequence[Job], *, settings: "Settings", debug: bool) -> list[str]:
+def make_all(jobs: Sequence[Job], *, settings: "Settings", model: str, debug: bool) -> list[str]:
     """Make and save the pictures under one progress bar over all steps; returns what failed.
+
+    What they will cost is told before.
 
     Raises CheckpointError when the model cannot be loaded, DeviceFault when the device gave up.
     """
     from tqdm import tqdm
 
+    from uso.serve.cost import Calibration, cost_text
     from uso.serve.device import DeviceFault
 
     failures = []
     with tqdm(total=sum(job.request.num_steps for job in jobs), unit="step", disable=None) as bar:
         device = load_device(settings, bar.set_description)
+        calibration, name = Calibration(settings.data_dir / "calibration.json"), f"{model} on {device.name}"
+        demands = [device.demand(work_of(job, {}), job.sizes) for job in jobs]
+        costs = [calibration.predict(name, demand) for demand in demands]
+        bar.write(f"{len(jobs)} to draw: {cost_text(costs)}", file=sys.stderr)
         begun = 0  # steps of the pictures before this one
         for number, job in enumerate(jobs, 1):
             bar.set_description(f"picture {number} of {len(jobs)}")
             try:
                 drawn = make(job, device, lambda step: bar.update(begun + step - bar.n))  # noqa: B023
+                calibration.learn(name, demands[number - 1], drawn.seconds, drawn.peak)
                 size = f"{drawn.image.width}x{drawn.image.height}"
                 seconds = sum(drawn.seconds.values())
                 notes = " ".join(filter(None, [job.note, *drawn.notes]))
@@ -261,6 +271,11 @@ def load_device(settings: "Settings", say: Callable[[str], None]) -> "Device":
     return Device(pipe, device=settings.device)
 
 
+def work_of(job: Job, pictures: Mapping[str, "Image.Image"]) -> Work:
+    size = {side: job.parameters[side] for side in ("width", "height")}
+    return Work.of(job.request, pictures, **size, seed=job.request.seed)
+
+
 def make(job: Job, device: "Device", on_step: Callable[[int], object]) -> Drawn:
     """Draw one picture and save it; `on_step` is told the number of steps done."""
     request, parameters = job.request, job.parameters
@@ -270,10 +285,7 @@ def make(job: Job, device: "Device", on_step: Callable[[int], object]) -> Drawn:
         if hashlib.sha256(data).hexdigest() != digest:
             raise InputError(f"`{name}` was changed while the batch ran: give the command again.", field=name)
         pictures[name] = open_image(data, field=name)
-    work = Work.of(
-        request, pictures, width=parameters["width"], height=parameters["height"], seed=request.seed
-    )
-    for event in device.run(work, cancelled=lambda: False):
+    for event in device.run(work_of(job, pictures), cancelled=lambda: False):
         if isinstance(event, Drawn):
             save_png(event.image, job.output, parameters)
             return event

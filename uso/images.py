@@ -183,6 +183,14 @@ def fit_into_square(image: Image.Image, *, shape: tuple[int, int], side: int) ->
     return square
 
 
+def with_long_side(size: tuple[int, int], long_side: int) -> tuple[int, int]:
+    """`size` (width, height) scaled; truncated by int(), in the official order of operations."""
+    width, height = size
+    if width >= height:
+        return long_side, int((long_side / width) * height)
+    return int((long_side / height) * width), long_side
+
+
 def prepare_content(image: Image.Image, long_size: int) -> Image.Image:
     """The content picture as the VAE reads it: long side `long_size`, centre crop to multiples of 16.
 
@@ -196,11 +204,7 @@ def prepare_content(image: Image.Image, long_size: int) -> Image.Image:
         )
     width, height = image.size
     long_size = long_size or min(max(image.size), OWN_SIZE_MAX)
-    # Truncated by int(), in the official order of operations: both decide pixels.
-    if width >= height:
-        new_width, new_height = long_size, int((long_size / width) * height)
-    else:
-        new_width, new_height = int((long_size / height) * width), long_size
+    new_width, new_height = with_long_side(image.size, long_size)
     if min(new_width, new_height) < TOKEN_SIDE:
         raise ImageError(
             f"`content_long_size` {long_size} shrinks the {width}x{height} content picture to {new_width}x"

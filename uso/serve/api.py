@@ -124,6 +124,13 @@ class Task(BaseModel):
     updated_at: str
 
 
+class Estimate(BaseModel):
+    """What a picture will cost, by what others did on this device."""
+
+    seconds: float | None = Field(description="From its first phase to its last; null before the first.")
+    memory: int = Field(description="Bytes at the peak.")
+
+
 class TaskStatus(BaseModel):
     id: str
     status: int
@@ -418,6 +425,17 @@ def build_api(engine: Engine, fetcher: Fetcher, *, keys: Keys | None, limits: Li
         """
         job = await begin(request, body, idempotency_key, legacy=False)
         return _answer(request, task_of(job, _base_url(request)))
+
+    @api.post("/apps/estimate", response_model=Answer[Estimate], dependencies=[KEYED], tags=["tasks"])
+    async def estimate(request: Request, body: RunRequest) -> Response:
+        """What a task would cost; the same checks, but none is begun."""
+        check_app(body)
+        asked, pictures = await read_input(body.input, request.state.owner, _base_url(request))
+        sizes = {name: (picture.width, picture.height) for name, picture in pictures.items()}
+        cost = await run_in_threadpool(engine.cost, asked, sizes)
+        if cost is None:
+            raise Busy(engine.status.text, retry_after=5)
+        return _answer(request, Estimate(seconds=cost.seconds, memory=cost.memory))
 
     @api.post("/run", response_model=Answer[Task], dependencies=[KEYED], tags=["tasks"])
     async def run_legacy(request: Request, body: RunRequest) -> Response:

@@ -5,14 +5,18 @@ generator, which a worker thread or a GPU decorator drives.
 """
 
 import base64
+import contextlib
 import faulthandler
 import gc
 import io
 import itertools
+import platform
 import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -21,9 +25,12 @@ from PIL import Image
 from torch import Tensor
 
 from uso.errors import Cancelled, USOError
+from uso.images import OWN_SIZE_MAX, with_long_side
 from uso.model.devices import choose_device
 from uso.model.geometry import unpack_latents
-from uso.serve.work import Drawn, Event, Phase, Progress, Work
+from uso.model.modes import Footprint, Picture
+from uso.serve.cost import Demand
+from uso.serve.work import Drawn, Event, Phase, Progress, Sizes, Work
 
 MemoryMode = Literal["full", "staged", "offload"]
 MODES: tuple[MemoryMode, ...] = ("full", "staged", "offload")  # from fast and large to slow and small
@@ -64,6 +71,37 @@ class Device:
         self.memory, self.why = self._choose_memory(memory)
         self._place(self.memory)
         self._latent_to_rgb = fit_latent_to_rgb(pipe, self.device)
+
+    @cached_property
+    def footprint(self) -> Footprint:
+        return Footprint.of_pipeline(self.pipe)
+
+    @property
+    def name(self) -> str:
+        """What seconds and memory depend on beside the picture and the model."""
+        cuda = self.device.type == "cuda"
+        kind = torch.cuda.get_device_name(self.device) if cuda else f"{self.device.type} {platform.machine()}"
+        dtype = str(self.pipe.transformer.dtype).removeprefix("torch.")
+        return f"{kind}, {torch.get_num_threads()} threads, {dtype}, {self.memory}"
+
+    def demand(self, work: Work, sizes: Sizes) -> Demand:
+        """What a picture asks of the model; `work` need not hold the pictures that `sizes` tells of."""
+        content = sizes.get("content_image")
+        if content:
+            long_side = work.content_long_size or min(max(content), OWN_SIZE_MAX)
+            content = with_long_side(content, long_side)
+        picture = Picture(
+            work.width, work.height, (content,) if content else (), len(sizes.keys() - {"content_image"})
+        )
+        transformer = self.pipe.transformer.config
+        flop = step_flop(
+            self.footprint.tokens(picture),
+            width=self.footprint.hidden,
+            blocks=transformer.num_layers + transformer.num_single_layers,
+        )
+        megapixels = self.pipe.native_size(work.width) * self.pipe.native_size(work.height) / 1e6
+        memory = self.footprint.peak(self.memory, picture)
+        return Demand(work.num_steps, flop / 1e12, len(sizes), megapixels, memory)
 
     def run(
         self, work: Work, cancelled: Callable[[], bool], *, keep: Callable[[], bool] = lambda: False
@@ -106,6 +144,7 @@ class Device:
         closed = threading.Event()
         drawing = _Drawing(self, work, lambda: closed.is_set() or cancelled(), keep, events)
         thread = threading.Thread(target=drawing.run, name="uso-device", daemon=True)
+        begin_peak(self.device)
         thread.start()
         try:
             while True:
@@ -116,7 +155,8 @@ class Device:
                 if isinstance(event, Image.Image | Exception):
                     thread.join()  # it has said its last; the next one must not begin before
                 if isinstance(event, Image.Image):
-                    yield Drawn(event, drawing.step, drawing.seconds(), self.memory, notes)
+                    peak = peak_memory(self.device)
+                    yield Drawn(event, drawing.step, drawing.seconds(), self.memory, peak, notes)
                     return
                 if isinstance(event, Exception):
                     raise event
@@ -280,6 +320,35 @@ class _Drawing:
         if kept or self.step == self.work.num_steps:
             self._enter("decoding")
         return {"latents": clean if kept else latents}
+
+
+def step_flop(tokens: int, *, width: int, blocks: int) -> int:
+    """Floating-point operations of a step; modulations and embeddings are done once an image.
+
+    Each token costs 12 D^2 multiply-adds in a double block (q, k, v, out and the MLP) as in a
+    single one, and 2 D with each other token in attention.
+    """
+    return blocks * (24 * tokens * width**2 + 4 * tokens**2 * width)
+
+
+def begin_peak(device: torch.device) -> None:
+    """From here on `peak_memory` counts."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError):  # elsewhere than on Linux nobody counts
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Most bytes in use at once, on the GPU; on a CPU of the whole process; None where nobody counts."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return None
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
 
 
 @torch.no_grad()

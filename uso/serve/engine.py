@@ -26,10 +26,11 @@ from typing import Any, Literal
 from uso.errors import Cancelled, USOError
 from uso.metadata import describe, save_png
 from uso.schema import GenerationRequest, draw_seed, parse_request, resolve_size
+from uso.serve.cost import Calibration, Cost
 from uso.serve.files import Files, Picture, StoredFile
 from uso.serve.store import Store, is_full
 from uso.serve.webhooks import payload
-from uso.serve.work import Drawn, Event, Phase, Progress, Work
+from uso.serve.work import Drawn, Event, Phase, Progress, Sizes, Work
 
 logger = logging.getLogger(__name__)
 
@@ -141,21 +142,6 @@ class Status:
     memory: str = ""
 
 
-@dataclass(frozen=True)
-class _Pace:
-    """How long the last picture took, to say how long others will."""
-
-    step_pixel: float  # seconds a step takes per pixel of the picture
-    rest: float  # seconds of encoding and decoding
-    decoding: float
-
-    @classmethod
-    def of(cls, work: Work, drawn: Drawn) -> "_Pace":
-        seconds = drawn.seconds
-        step_pixel = seconds["drawing"] / drawn.steps / (work.width * work.height)
-        return cls(step_pixel, seconds["encoding"] + seconds["decoding"], seconds["decoding"])
-
-
 class Engine:
     """Takes jobs, runs them one by one, tells where they stand.
 
@@ -196,7 +182,7 @@ class Engine:
         self._finished: OrderedDict[str, Job] = OrderedDict()
         self._queue: deque[str] = deque()
         self._watchers: dict[str, set[Callable[[], object]]] = {}
-        self._pace: _Pace | None = None
+        self._calibration = Calibration(self._store.folder / "calibration.json")
         self._stopping = False
         self._out_of_time = False
         self._changed = threading.Condition(threading.RLock())
@@ -234,22 +220,15 @@ class Engine:
             InputError: the size cannot follow the subject's shape.
             Busy: try later.
         """
-        content = pictures.get("content_image")
-        size = resolve_size(
-            width=request.width,
-            height=request.height,
-            keep_size=request.keep_size,
-            content_size=(content.width, content.height) if content else None,
-        )
-        seed = draw_seed(request.seed)
+        work, note = _settled(request, _sizes(pictures))
         now = time.time()
         job = Job(
             secrets.token_urlsafe(12),
             request,
-            Work.of(request, {}, width=size.width, height=size.height, seed=seed),
+            work,
             dict(pictures),
             origin,
-            (size.note,) if size.note else (),
+            (note,) if note else (),
             created_at=now,
             updated_at=now,
         )
@@ -280,7 +259,7 @@ class Engine:
             running = next((job for job in self._jobs.values() if job.state == "running"), None)
             if running is None:
                 return 1.0
-            return max(running.seconds_left or self._estimate(running.id) or 10.0, 1.0)
+            return max(running.seconds_left or self._seconds(running) or 10.0, 1.0)
 
     def get(self, job_id: str) -> Job | None:
         """A job of this or a former process, unless it was deleted."""
@@ -317,23 +296,30 @@ class Engine:
     def seconds_until(self, job_id: str) -> float | None:
         """Estimated wait before a queued job begins; None while nothing was measured."""
         with self._changed:
-            if self._pace is None or job_id not in self._queue:
+            if job_id not in self._queue:
                 return None
-            ahead = list(itertools.takewhile(lambda other: other != job_id, self._queue))
-            running = [job for job in self._jobs.values() if job.state == "running"]
-            return sum(self._estimate(other) for other in ahead) + sum(
-                job.seconds_left or 0 for job in running
-            )
+            ahead = [
+                self._seconds(self._jobs[other])
+                for other in itertools.takewhile(lambda other: other != job_id, self._queue)
+            ]
+            running = [job.seconds_left for job in self._jobs.values() if job.state == "running"]
+            return sum(seconds or 0.0 for seconds in ahead + running) or None
 
-    def estimate(self, width: int, height: int, num_steps: int) -> float | None:
-        """Seconds a picture takes by what was measured; None before the first."""
-        if (pace := self._pace) is None:
+    def cost(self, request: GenerationRequest, sizes: Sizes) -> Cost | None:
+        """What a picture will cost, by what others did on this device; None until the model is loaded.
+
+        `sizes` are the (width, height) of its pictures, by request field. Raises InputError as `submit`.
+        """
+        return self._cost(_settled(request, sizes)[0], sizes)
+
+    def _cost(self, work: Work, sizes: Sizes) -> Cost | None:
+        if (device := self._device) is None:
             return None
-        return pace.rest + pace.step_pixel * num_steps * width * height
+        return self._calibration.predict(f"{self.model} on {device.name}", device.demand(work, sizes))
 
-    def _estimate(self, job_id: str) -> float:
-        work = self._jobs[job_id].work
-        return self.estimate(work.width, work.height, work.num_steps) or 0.0
+    def _seconds(self, job: Job) -> float | None:
+        cost = self._cost(job.work, _sizes(job.pictures))
+        return cost.seconds if cost else None
 
     @property
     def waiting(self) -> int:
@@ -488,11 +474,12 @@ class Engine:
     def _report(self, job_id: str, event: Progress, seconds: float) -> None:
         """`seconds` were spent on the steps so far; before the first, the last picture's pace counts."""
         job = self._jobs[job_id]
-        decoding = self._pace.decoding if self._pace else 0.0
+        cost = self._cost(job.work, _sizes(job.pictures))
+        decoding = cost.phases["decoding"] if cost and cost.phases else 0.0
         if event.phase == "decoding":
             left: float | None = decoding
         elif event.step == 0:
-            left = self._estimate(job_id) or None
+            left = cost.seconds if cost else None
         else:
             left = seconds / event.step * (job.work.num_steps - event.step) + decoding
         drawing = event.phase == "drawing" and event.step > 0
@@ -524,7 +511,8 @@ class Engine:
         png = io.BytesIO()
         save_png(drawn.image, png, parameters)
         file = self.files.write(png.getvalue(), filename="generated_image.png", content_type="image/png")
-        self._pace = _Pace.of(work, drawn)
+        demand = replace(self._device.demand(work, _sizes(job.pictures)), steps=drawn.steps)
+        self._calibration.learn(f"{self.model} on {self._device.name}", demand, drawn.seconds, drawn.peak)
         result = Result(self.files.path(file.id), parameters, drawn.seconds, drawn.memory, file)
         self._finish(job_id, state="completed", result=result, notes=tuple(notes))
 
@@ -637,6 +625,22 @@ class Engine:
             created_at=row["created_at"],
             updated_at=row["updated_at"],
         )
+
+
+def _sizes(pictures: Mapping[str, Picture]) -> Sizes:
+    return {name: (picture.width, picture.height) for name, picture in pictures.items()}
+
+
+def _settled(request: GenerationRequest, sizes: Sizes) -> tuple[Work, str | None]:
+    """What is to be drawn, its pictures apart, and what the user is to be told of it."""
+    size = resolve_size(
+        width=request.width,
+        height=request.height,
+        keep_size=request.keep_size,
+        content_size=sizes.get("content_image"),
+    )
+    seed = draw_seed(request.seed)
+    return Work.of(request, {}, width=size.width, height=size.height, seed=seed), size.note
 
 
 def _insert(db: sqlite3.Connection, job: Job) -> None:

@@ -18,6 +18,7 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uso.errors import InputError, USOError
 from uso.images import MAX_BYTES, open_image
 from uso.schema import SEED_MAX, GenerationRequest, bounds, parse_request
+from uso.serve.cost import cost_text
 from uso.serve.engine import Engine, Job, Origin
 from uso.serve.files import Files, Picture
 from uso.serve.intents import EXAMPLES, INTENTS, PICTURES, Intent, thumbnail
@@ -43,7 +45,6 @@ from uso.serve.words import (
     hint,
     info_line,
     problem,
-    seconds_text,
     status_line,
     takes_guidance,
     title,
@@ -263,7 +264,8 @@ def build_page(engine: Engine) -> gr.Blocks:
                     raise InputError(f"Pictures must be a whole number from 1 to {MAX_PICTURES}.")
                 form = dict(zip(GenerationRequest.model_fields, values, strict=True))
                 owner = owner_of(visitor_key)
-                request, opened = read_form(form, auto_size=shape == "Auto", files=engine.files, owner=owner)
+                request, given = read_form(form, auto_size=shape == "Auto")
+                opened = keep_pictures(given, files=engine.files, owner=owner)
                 origin = Origin(owner, batch=secrets.token_urlsafe(6))
                 for number in range(int(pictures)):
                     seed = request.seed if request.seed < 0 else (request.seed + number) % (SEED_MAX + 1)
@@ -339,12 +341,12 @@ def build_page(engine: Engine) -> gr.Blocks:
             form = dict(zip(GenerationRequest.model_fields, values, strict=True))
             if form["keep_size"] and not form["content_image"]:
                 return "Keep the subject's shape: needs a subject."
-            width, height = (form["width"], form["height"]) if shape != "Auto" else (1024, 1024)
             try:
-                seconds = engine.estimate(width, height, form["num_steps"])
-            except TypeError:  # a field is empty just now
-                seconds = None
-            return f"about {seconds_text(seconds * pictures)}" if seconds else ""
+                request, given = read_form(form, auto_size=shape == "Auto")
+                cost = engine.cost(request, {name: picture_size(path) for name, path in given.items()})
+            except InputError:  # a field is empty just now, or a picture is told to be none
+                cost = None
+            return cost_text([cost] * round(pictures)) if cost else ""
 
         def intend(intent: Intent) -> list[Any]:
             values = [intent.sets.get(name, gr.skip()) for name in GenerationRequest.model_fields]
@@ -383,10 +385,9 @@ def build_page(engine: Engine) -> gr.Blocks:
             """Draw one picture; returns the PNG and its parameters as executed."""
             form = {name: value for name, value in locals().items() if name in GenerationRequest.model_fields}
             try:
-                given = await asyncio.to_thread(
-                    read_form, form, auto_size=False, files=engine.files, owner=CLIENTS
-                )
-                job = await asyncio.to_thread(engine.submit, *given, Origin(CLIENTS))
+                asked, given = read_form(form, auto_size=False)
+                pictures = await asyncio.to_thread(keep_pictures, given, files=engine.files, owner=CLIENTS)
+                job = await asyncio.to_thread(engine.submit, asked, pictures, Origin(CLIENTS))
             except USOError as error:
                 raise gr.Error(str(error), print_exception=False) from error
             try:
@@ -465,20 +466,27 @@ def owner_of(visitor_key: str) -> str:
     return f"page:{hashlib.sha256(visitor_key.encode()).hexdigest()}"
 
 
-def read_form(
-    form: dict[str, Any], *, auto_size: bool, files: Files, owner: str
-) -> tuple[GenerationRequest, dict[str, Picture]]:
-    """The request and its pictures, stored; InputError says what is wrong, and where."""
+def read_form(form: dict[str, Any], *, auto_size: bool) -> tuple[GenerationRequest, dict[str, Path]]:
+    """The request and its pictures' files; InputError says what is wrong, and where."""
     given = {name: uploaded(name, form[name]) for name in PICTURES if form[name]}
     data = form | {name: {"path": str(given[name])} if name in given else None for name in PICTURES}
     if auto_size:
         data |= {"width": None, "height": None}
-    request = parse_request(data)
-    pictures = {
+    return parse_request(data), given
+
+
+def keep_pictures(given: dict[str, Path], *, files: Files, owner: str) -> dict[str, Picture]:
+    """The pictures, stored; InputError says which is none."""
+    return {
         name: files.keep_picture(path.read_bytes(), field=name, owner=owner, filename=path.name)
         for name, path in given.items()
     }
-    return request, pictures
+
+
+@lru_cache(maxsize=256)
+def picture_size(path: Path) -> tuple[int, int]:
+    """(width, height), upright. A file is looked at once: Gradio names it after its content."""
+    return open_image(path).size
 
 
 def uploaded(name: str, picture: dict[str, Any]) -> Path:

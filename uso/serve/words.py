@@ -5,6 +5,7 @@ import re
 
 from uso.model.variants import VARIANTS
 from uso.schema import GenerationRequest
+from uso.serve.cost import seconds_text
 from uso.serve.engine import Engine, Job
 
 PHASES = {"encoding": "Looking at the pictures", "decoding": "Developing the picture"}
@@ -53,12 +54,6 @@ def _status(text: str, fraction: float | None = None, also: str = "") -> str:
 
 def _left(seconds: float | None, words: str) -> str:
     return "" if seconds is None else " · " + words.format(seconds_text(seconds))
-
-
-def seconds_text(seconds: float) -> str:
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
 
 def info_line(job: Job | None) -> str:

@@ -9,6 +9,7 @@ from PIL import Image
 from uso.schema import GenerationRequest
 
 Phase = Literal["encoding", "drawing", "decoding"]
+Sizes = Mapping[str, tuple[int, int]]  # (width, height) of a request's pictures, by field
 
 
 @dataclass(frozen=True)
@@ -61,12 +62,14 @@ class Progress:
 
 @dataclass(frozen=True)
 class Drawn:
-    """The picture, after how many steps, seconds by phase, the memory mode, and notes for the user."""
+    """The picture, after how many steps, seconds by phase, the memory mode, bytes at the peak if known, and
+    notes for the user."""
 
     image: Image.Image
     steps: int
     seconds: dict[Phase, float]
     memory: str
+    peak: int | None = None
     notes: list[str] = field(default_factory=list)
 
 
