@@ -217,15 +217,15 @@ def test_an_endless_body_is_cut(serve: Callable[..., Any]) -> None:
     server = serve()
     with pytest.raises(InputError, match="above the limit of 1 MiB"):
         fetch(local(max_bytes=2**20), f"http://127.0.0.1:{server.server_port}/endless")
-    assert server.cut.wait(5)
+    assert server.cut.wait(60)
 
 
 def test_a_slow_body_is_cut(serve: Callable[..., Any]) -> None:
     server, began = serve(), time.monotonic()
     with pytest.raises(InputError, match=r"more than 0\.5 seconds"):
         fetch(local(seconds=0.5), f"http://127.0.0.1:{server.server_port}/slow")
-    assert time.monotonic() - began < 3
-    assert server.cut.wait(5)
+    assert time.monotonic() - began < 20
+    assert server.cut.wait(60)
 
 
 def test_missing_and_unreachable(serve: Callable[..., Any]) -> None:

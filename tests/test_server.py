@@ -1,12 +1,14 @@
 """One server a data folder; and what is done where there is none to be had."""
 
 import logging
+import socket
 from pathlib import Path
 
 import pytest
 
-from uso.cli import _settings, build_parser
+from uso.cli import _settings, build_parser, main
 from uso.errors import USOError
+from uso.serve import server
 from uso.serve.server import asks_for_keys, data_store
 from uso.settings import Settings
 
@@ -51,6 +53,20 @@ def test_a_folder_that_was_set_must_be_had(
     monkeypatch.setenv("USO_DATA_DIR", str(tmp_path / "file"))
     with pytest.raises(USOError, match="cannot be used"), data_store(Settings()):
         pass
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Gradio leaves its probe open
+def test_a_port_that_is_taken_is_named(
+    clean_environment: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(server, "redact_logs", lambda: None)  # for the rest of the tests
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        monkeypatch.setenv("USO_DATA_DIR", str(clean_environment))
+        assert main(["serve", "--port", port]) == 2
+    assert f"127.0.0.1:{port}: is the port taken? Give another --port" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

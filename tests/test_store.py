@@ -39,6 +39,8 @@ def test_a_commit_waits_for_the_disk_and_nobody_else_reads_the_folder(files: Fil
     assert [row and row[0] for row in pragmas] == ["wal", 2]
     for folder in (files.store.folder, files.folder):
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    for file in files.store.folder.glob("uso.db*"):
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600
 
 
 def test_all_or_nothing(files: Files) -> None:
@@ -145,6 +147,10 @@ def test_an_upload_is_announced_and_comes_once(files: Files) -> None:
     assert found is not None
     assert (found.size, found.sha256) == (3, "ab")
     assert files.by_path("in/fox", owner="somebody") is None
+    file, _, secret = files.announce(owner="me", filename="", content_type="", path=None, size=None)
+    with files.store.transaction() as db:
+        db.execute("UPDATE files SET upload_until = ? WHERE id = ?", (time.time() - 1, file.id))
+    assert not files.awaited(file.id, secret), "too late"
     with pytest.raises(InputError, match="limit of 50 MiB"):
         files.announce(owner="", filename="", content_type="", path=None, size=MAX_BYTES + 1)
 
@@ -172,6 +178,25 @@ def test_what_is_past_its_time_goes_and_what_a_task_needs_stays(files: Files, tm
     assert files.store.all("SELECT id FROM sessions") == []
     assert {path.name for path in files.folder.iterdir()} == {needed.file.id, "just-made"}
     assert not files.path(idle.file.id).exists()
+
+
+def test_what_is_being_written_does_not_stop_the_sweep(files: Files) -> None:
+    done = threading.Event()
+
+    def write() -> None:
+        while not done.is_set():
+            files.write(b"x", filename="", content_type="")
+
+    writers = [threading.Thread(target=write) for _ in range(3)]
+    for thread in writers:
+        thread.start()
+    try:
+        for _ in range(100):
+            files.sweep()
+    finally:
+        done.set()
+        for thread in writers:
+            thread.join()
 
 
 def test_the_oldest_make_room_for_the_new(files: Files, tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ class Receiver:
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
                 headers = {name.lower(): value for name, value in self.headers.items()}
-                receiver.got.append((time.monotonic(), headers, body))
+                receiver.got.append((time.time(), headers, body))
                 status, more = answers.pop(0) if answers else (200, {})
                 self.send_response(status)
                 for item in more.items():
@@ -75,7 +75,7 @@ def deliver(store: Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
     started: list[Deliverer] = []
 
     def start(**options: Any) -> Deliverer:
-        fetcher = Fetcher(allow_loopback=options.pop("allow_loopback", True), seconds=2)
+        fetcher = Fetcher(allow_loopback=options.pop("allow_loopback", True))
         deliverer = Deliverer(store, fetcher, **({"delays": (0.1,) * 8} | options))
         deliverer.start()
         started.append(deliverer)
@@ -108,16 +108,28 @@ def put(store: Store, url: str, message: str = "msg_1", task: dict[str, Any] = T
         )
 
 
-def settled(store: Store, message: str = "msg_1") -> dict[str, Any]:
-    """The outbox's row once nothing is left to do."""
-    deadline = time.monotonic() + 10
-    while time.monotonic() < deadline:
-        row = store.one("SELECT * FROM outbox WHERE id = ?", message)
-        assert row
-        if row["next_try_at"] is None:
-            return dict(row)
+def row_of(store: Store, message: str = "msg_1") -> dict[str, Any]:
+    """A message's row of the outbox."""
+    row = store.one("SELECT * FROM outbox WHERE id = ?", message)
+    assert row
+    return dict(row)
+
+
+def settled(store: Store) -> dict[str, Any]:
+    """The row once nothing is left to do."""
+    deadline = time.monotonic() + 60
+    while (row := row_of(store))["next_try_at"] is not None:
+        assert time.monotonic() < deadline, f"not settled: {row}"
         time.sleep(0.02)
-    raise AssertionError(f"not settled: {dict(row)}")
+    return row
+
+
+def tried(store: Store) -> None:
+    """Wait until the first try has failed."""
+    deadline = time.monotonic() + 60
+    while not row_of(store)["tries"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def test_the_payload_is_the_pages() -> None:
@@ -166,7 +178,7 @@ def test_500_then_200_with_the_same_id(
     times, headers, bodies = zip(*receiver.got, strict=True)
     assert {each["webhook-id"] for each in headers} == {"msg_1"}
     assert set(bodies) == {payload(TASK)}
-    assert all(0.09 < later - earlier < 1 for earlier, later in itertools.pairwise(times))
+    assert all(0.09 < later - earlier < 10 for earlier, later in itertools.pairwise(times))
 
 
 def test_down_then_up(store: Store, deliver: Callable[..., Any], receive: Callable[..., Any]) -> None:
@@ -174,8 +186,8 @@ def test_down_then_up(store: Store, deliver: Callable[..., Any], receive: Callab
     port = first.server.server_port
     first.close()
     put(store, first.url)
-    deliver(delays=(0.2,) * 20)
-    time.sleep(0.5)
+    deliver(delays=(0.2,) * 200)
+    tried(store)
     receiver = receive(port=port)
     row = settled(store)
     assert row["delivered_at"]
@@ -186,12 +198,12 @@ def test_down_then_up(store: Store, deliver: Callable[..., Any], receive: Callab
 def test_a_restart_loses_none(store: Store, deliver: Callable[..., Any], receive: Callable[..., Any]) -> None:
     receiver = receive((500, {}))
     put(store, receiver.url)
-    before = deliver(delays=(0.5,))
-    while not receiver.got:
-        time.sleep(0.02)
-    time.sleep(0.1)
+    before = deliver(delays=(60,))
+    tried(store)
     before.stop()
     assert len(receiver.got) == 1
+    with store.transaction() as db:
+        db.execute("UPDATE outbox SET next_try_at = ?", [time.time()])  # a minute has passed
     deliver()
     assert settled(store)["delivered_at"]
     assert [headers["webhook-id"] for _, headers, _ in receiver.got] == ["msg_1", "msg_1"]
@@ -222,14 +234,14 @@ def test_given_up_after_the_last_delay(
 def test_retry_after_is_honoured(
     kind: str, store: Store, deliver: Callable[..., Any], receive: Callable[..., Any]
 ) -> None:
-    # a date has whole seconds only: one of 2 to 3 seconds ahead
-    value = "1" if kind == "seconds" else formatdate(time.time() + 3, usegmt=True)
+    date = int(time.time()) + 3
+    value = "1" if kind == "seconds" else formatdate(date, usegmt=True)
     receiver = receive((429, {"Retry-After": value}))
     put(store, receiver.url)
     deliver()
     assert settled(store)["delivered_at"]
     (first, *_), (second, *_) = receiver.got
-    assert second - first > (1 if kind == "seconds" else 1.5)
+    assert second >= (first + 1 if kind == "seconds" else date)
 
 
 def test_a_slow_receiver_does_not_hold_up_the_others(
@@ -240,9 +252,8 @@ def test_a_slow_receiver_does_not_hold_up_the_others(
         put(store, f"http://127.0.0.1:{silent.server_port}/", "msg_slow")
         put(store, receiver.url)
         deliver()
-        began = time.monotonic()
         assert settled(store)["delivered_at"]
-        assert time.monotonic() - began < 1.5
+        assert row_of(store, "msg_slow")["tries"] == 0, "still on its way"
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])

@@ -4,6 +4,7 @@ A file appears complete or not at all, and its row after it. Its name is its id;
 whoever has the URL may read it, for as long as it is kept.
 """
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -13,7 +14,6 @@ import sqlite3
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -105,7 +105,7 @@ class Files:
             "uso-" + secrets.token_urlsafe(12) + (suffix if re.fullmatch(r"\.[a-z0-9]{1,5}", suffix) else "")
         )
 
-    @contextmanager
+    @contextlib.contextmanager
     def writing(self, file_id: str) -> Iterator[BinaryIO]:
         """A file to fill; it is there, and on the disk, when the block ends without an error."""
         with tempfile.NamedTemporaryFile(dir=self.folder, prefix=".part-", delete=False) as file:
@@ -268,9 +268,10 @@ class Files:
         self.make_room(0)
         known = {row["id"] for row in self.store.all("SELECT id FROM files")}
         for path in self.folder.iterdir():
-            if path.name not in known and path.stat().st_mtime < now - ORPHAN_SECONDS:
-                path.unlink(missing_ok=True)
-                logger.info("Removed %s, which no task knows", path.name)
+            with contextlib.suppress(FileNotFoundError):  # one that is just being written gets its name
+                if path.name not in known and path.stat().st_mtime < now - ORPHAN_SECONDS:
+                    path.unlink()
+                    logger.info("Removed %s, which no task knows", path.name)
 
 
 def _secret() -> str:

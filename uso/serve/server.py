@@ -12,7 +12,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from uso.errors import USOError
+from uso.errors import InputError, USOError
 from uso.serve.api import Front, build_api
 from uso.serve.engine import Engine, LoadProgress
 from uso.serve.fetch import Fetcher
@@ -68,7 +68,13 @@ def serve(settings: Settings) -> int:
             limits=Limits(per_minute=settings.key_rate, queue=settings.key_queue),
         )
         front = functools.partial(Front, origins=settings.cors_origins)
-        page = launch(engine, settings, routes=api.routes, front=front)
+        try:
+            page = launch(engine, settings, routes=api.routes, front=front)
+        except OSError as error:
+            where = f"{settings.host}:{settings.port}"
+            raise InputError(
+                f"Nobody can listen on {where}: is the port taken? Give another --port."
+            ) from error
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: asked_to_stop.set())
         asking = "; its API asks for keys: python -m uso keys create NAME" if asks else ""

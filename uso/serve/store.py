@@ -124,6 +124,7 @@ class Store:
         self._lock = threading.RLock()
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            (folder / "uso.db").touch(mode=0o600)  # the folder may be older, and open to all
             self._connection = sqlite3.connect(
                 folder / "uso.db", timeout=30, isolation_level=None, check_same_thread=False
             )
