@@ -306,17 +306,25 @@ def test_numbers_that_are_no_picture_fail_the_job_alone(start: Any) -> None:
     assert wait(engine, submit(engine)).state == "completed"
 
 
-def test_a_hung_step_is_noticed(start: Any, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("max_attempts", [1, 2])
+def test_a_hung_step_is_noticed(start: Any, capfd: pytest.CaptureFixture[str], max_attempts: int) -> None:
+    """What waits is left to the next process, and the job too, unless it was tried too often."""
     go_on = threading.Event()
-    engine = start(lambda progress: FakePipeline(lambda index: go_on.wait(8)), step_limit=0.3)
+    pipe = FakePipeline(lambda index: go_on.wait(60))
+    engine = start(lambda progress: pipe, step_limit=0.3, max_attempts=max_attempts)
     job, next_job = submit(engine), submit(engine)
-    assert "no sign of life" in (wait(engine, job).error or "")
-    go_on.set()
-    assert wait(engine, next_job).state == "failed"
-    assert engine.status.state == "broken"
+    while engine.status.state != "broken":
+        time.sleep(0.01)
     assert "most recent call first" in capfd.readouterr().err
+    ended = wait(engine, job, "queued")
+    assert ended.state == ("failed" if max_attempts == 1 else "queued")
+    assert ("no sign of life" in (ended.error or "")) == (max_attempts == 1)
+    assert wait(engine, next_job, "queued").state == "queued"
     engine.start()
     assert engine.status.state == "broken", "only a new process helps"
+    go_on.set()
+    second = start(lambda progress: FakePipeline(), files=again(engine), max_attempts=max_attempts)
+    assert {wait(second, each).state for each in (job, next_job)} == {ended.state, "completed"} - {"queued"}
 
 
 def test_stopping_ends_the_running_job_and_takes_no_more(start: Any) -> None:

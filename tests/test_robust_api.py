@@ -156,6 +156,18 @@ def test_sigterm_while_one_is_drawn_and_streams_are_open(tmp_path: Path) -> None
         assert {task["status"] for task in tasks.values()} == {10}
 
 
+def test_a_hung_device_ends_the_process_and_the_next_one_draws(tmp_path: Path) -> None:
+    with Server(tmp_path, environment={"USO_STEP_LIMIT": "0.0001"}) as server:
+        with server.http() as client:
+            task_ids = [submit(client).json()["data"]["id"]]
+        assert server.process
+        assert server.process.wait(timeout=SECONDS) == 1
+        server.environment = {}
+        server.start()
+        with server.http() as client:
+            assert [task["status"] for task in wait(client, task_ids).values()] == [10]
+
+
 @pytest.mark.timeout(1800)  # six starts of the server, on a busy machine
 def test_kill_9_five_times_under_load(tmp_path: Path) -> None:
     """Every acknowledged task reaches exactly one terminal state and is told of by one message id."""

@@ -133,7 +133,7 @@ class Job:
 class Status:
     """The engine itself: `text` says what it does, or what is wrong and what to do.
 
-    "failed" loading can be tried again; a "broken" device needs a new process.
+    "failed" loading can be tried again; a "broken" device needs a new process, which draws what waits.
     """
 
     state: Literal["loading", "ready", "failed", "broken", "stopping"] = "loading"
@@ -359,7 +359,7 @@ class Engine:
                 if job.version != version or time.monotonic() - told >= repeat:
                     version, told = job.version, time.monotonic()
                     yield job
-                if job.done or (self._status.state == "stopping" and job.state == "queued"):
+                if job.done or (self._status.state in ("stopping", "broken") and job.state == "queued"):
                     return
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(ended.wait(), WATCH_SECONDS)
@@ -423,7 +423,7 @@ class Engine:
             self._device = device = Device(self._load_pipeline(self._report_loading), **self._placement)
         except Exception as error:
             logger.exception("The model could not be loaded")
-            self._give_up("failed", f"The model could not be loaded. {_sentence(error)}")
+            self._give_up(f"The model could not be loaded. {_sentence(error)}")
             return False
         memory = f"{device.device.type}, memory mode {device.memory}: {device.why}"
         logger.info("Loaded %s in %.1f s (%s)", self.model, time.monotonic() - began, memory)
@@ -460,11 +460,14 @@ class Engine:
                     began = time.monotonic()
                 self._report(job_id, event, time.monotonic() - began)
         except Cancelled:
-            if not self._requeue(job_id):
+            if not self._requeue(job_id, attempts=job.attempts - 1):  # this one does not count
                 self._finish(job_id, state="cancelled")
         except DeviceFault as error:
-            self._finish(job_id, state="failed", error=str(error))
-            self._give_up("broken", str(error))
+            logger.error("%s", error)
+            with self._changed:
+                self._status = Status("broken", str(error))
+            if job.attempts >= self.max_attempts or not self._requeue(job_id, attempts=job.attempts):
+                self._finish(job_id, state="failed", error=str(error))
             return False
         except Exception as error:
             logger.exception("Job %s failed", job_id)
@@ -519,17 +522,17 @@ class Engine:
     def _finish(self, job_id: str, *, state: State, **changes: Any) -> None:
         self._persist(job_id, "running", state=state, **changes)
 
-    def _requeue(self, job_id: str) -> bool:
-        """Give a running job back, for the next process; the attempt does not count. False if cancelled."""
+    def _requeue(self, job_id: str, *, attempts: int) -> bool:
+        """Give a running job back, for the next process. False if it was cancelled."""
         with self._changed:
             job = self._jobs[job_id]
             return job.stop != "cancel" and self._persist(
-                job_id, "running", state="queued", stop=None, attempts=job.attempts - 1, step=0, logs=()
+                job_id, "running", state="queued", stop=None, attempts=attempts, step=0, logs=()
             )
 
-    def _give_up(self, state: Literal["failed", "broken"], text: str) -> None:
+    def _give_up(self, text: str) -> None:
         with self._changed:
-            self._status = Status(state, text)
+            self._status = Status("failed", text)
             waiting = list(self._queue)
         for job_id in waiting:
             self._persist(job_id, "queued", state="failed", error=text)

@@ -3,9 +3,11 @@
 import contextlib
 import functools
 import logging
+import os
 import signal
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,8 @@ FETCH_SECONDS = 8.0  # for one picture: three must come within the 30 seconds th
 def serve(settings: Settings) -> int:
     """Serve until SIGTERM or Ctrl-C, then end the running job or leave it to the next process; the exit code.
 
-    Page and API answer before the model is there: it is loaded in the background.
+    A device that is of no use any more ends the process with 1, for a supervisor to start it again. Page and
+    API answer before the model is there: it is loaded in the background.
     """
     check_exposure(settings)
     redact_logs()
@@ -81,11 +84,18 @@ def serve(settings: Settings) -> int:
         print(f"USO is at http://{settings.host}:{settings.port}{asking}", flush=True)
         engine.start()
         deliverer.start()
-        while not asked_to_stop.wait(SWEEP_SECONDS):
-            _sweep(files)
+        next_sweep = time.monotonic() + SWEEP_SECONDS
+        while not asked_to_stop.wait(1) and engine.status.state != "broken":
+            if time.monotonic() > next_sweep:
+                _sweep(files)
+                next_sweep = time.monotonic() + SWEEP_SECONDS
+        broken = engine.status.state == "broken"
         engine.stop(within=STOP_SECONDS)
         deliverer.stop()
         page.close(verbose=False)
+        if broken:
+            logger.error("The server ends because of its device. Start it again: it draws what waits.")
+            os._exit(1)  # a hung device holds up the usual end
     return 0
 
 
