@@ -26,7 +26,16 @@ def pace() -> None:
 class PacedEngine(Engine):
     def __init__(self, load: Callable[[LoadProgress], Any], **options: Any) -> None:
         def paced(progress: LoadProgress) -> Any:
-            pipe = load(lambda text, fraction: (progress(text, fraction), pace())[0])
+            said = ""
+
+            def report(text: str, fraction: float) -> None:
+                nonlocal said
+                progress(text, fraction)
+                if text != said:
+                    pace()
+                said = text
+
+            pipe = load(report)
             pipe.transformer.register_forward_pre_hook(lambda *_: pace())
             return pipe
 

@@ -155,14 +155,58 @@ def test_no_visitor_sees_what_api_clients_asked_for(engine: Engine, key: str) ->
     assert ui.Visitors(engine).get(key).batches == []
 
 
-def test_whoever_waits_for_nothing_still_sees_the_queue_and_a_lost_device(engine: Engine) -> None:
+def test_a_tab_that_waits_for_nothing_sees_what_changes(engine: Engine) -> None:
+    """The queue, a lost device, and what another tab of the same browser asks for; and nothing twice."""
     handlers = {fn.name: fn.fn for fn in ui.build_page(engine).fns.values()}
-    assert handlers["idle"]("visitor")[0]["value"] == "Queue 0"
-    job(engine)
-    engine._status = Status("broken", "Restart the server.")
-    queue, status, _ = handlers["idle"]("visitor")
-    assert queue["value"] == "Queue 1"
-    assert "Restart the server." in status["value"]
+    form = [field.default for field in GenerationRequest.model_fields.values()]
+    tab = SimpleNamespace(session_hash="tab")
+
+    async def look(name: str) -> str:
+        return str([update async for update in handlers[name]("visitor", tab)])
+
+    async def look_on() -> None:
+        assert "Queue 0" in await look("watch")
+        assert "Queue" not in await look("idle")
+        job(engine)
+        assert "Queue 1" in (seen := await look("idle"))
+        assert "Ready" not in seen, "has not changed"
+        handlers["submit"]("visitor", "Auto", 1, "a fox", *form[1:])
+        following = handlers["idle"]("visitor", tab)
+        assert "Queued: 1 before yours" in str(await anext(following))
+        assert "Queue" not in await look("idle"), "it is followed already"
+        await following.aclose()
+        following = handlers["idle"]("visitor", tab)
+        assert "Queue 2" in str(await anext(following)), "who knows what arrived"
+        await following.aclose()
+        engine._status = Status("broken", "Restart the server.")
+        for waiting in [*engine._queue]:
+            engine.cancel(waiting)
+        assert "Restart the server." in await look("idle")
+
+    asyncio.run(look_on())
+
+
+@pytest.mark.parametrize(
+    ("use", "given", "told"),
+    [
+        ("", {}, "Drop a picture or write a prompt."),
+        ("", {"prompt": "a fox"}, ""),
+        ("", {"prompt": "a fox", "keep_size": True}, "Keep the subject's shape: needs a subject."),
+        ("Restyle", {}, "Restyle needs a subject and a style."),
+        ("Restyle", {"content_image": {}, "style_image": {"path": "x"}}, "Restyle needs a subject."),
+        ("New scene", {"content_image": {"path": "x"}, "prompt": " "}, "New scene needs a prompt."),
+        ("Style only", {}, "Style only needs a style and a prompt."),
+        ("Mix styles", {"style_image": {"path": "x"}, "prompt": "a fox"}, "Mix styles needs a second style."),
+        ("Mix styles", {}, "Mix styles needs a style, a second style and a subject or a prompt."),
+        ("Text", {"prompt": "a fox"}, ""),
+    ],
+)
+def test_what_cannot_work_is_said_beside_the_button(
+    engine: Engine, use: str, given: dict[str, Any], told: str
+) -> None:
+    handlers = {fn.name: fn.fn for fn in ui.build_page(engine).fns.values()}
+    form = {name: field.default for name, field in GenerationRequest.model_fields.items()} | {"prompt": None}
+    assert handlers["advise"]("Auto", 1, use, *(form | given).values()) == told
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ import secrets
 import time
 import zlib
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -59,7 +59,8 @@ MAX_PICTURES = 8
 VISITORS_KEPT = 1000
 BATCHES_KEPT = 100  # of one visitor
 JOBS_SHOWN = 24  # of one visitor, in the strip below the picture
-IDLE_SECONDS = 5.0  # between looks at the queue while a visitor waits for nothing
+WATCH_SECONDS = 0.2  # between looks at what a visitor waits for
+IDLE_SECONDS = 5.0  # the same while it is nothing
 SIZES = {
     "Auto": None,
     "Square": (1024, 1024),
@@ -78,6 +79,7 @@ QUIET: dict[str, Any] = {
     "trigger_mode": "multiple",
     "api_visibility": "private",
 }
+LATEST = QUIET | {"trigger_mode": "always_last"}  # or an older answer could come after a newer one
 
 
 @dataclass
@@ -92,13 +94,22 @@ class Visitor:
         return [job for job_id in ids if (job := engine.get(job_id)) is not None]
 
 
+@dataclass
+class Tab:
+    """One tab of a browser: what it shows, and how many watchers it had; the last one counts."""
+
+    shown: dict[str, dict[str, Any]] = field(default_factory=dict)
+    watchers: int = 0
+    watched: bool = False
+
+
 class Visitors:
     """Who has which jobs: by a random key that only the visitor's browser knows; the engine has its hash."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._visitors: OrderedDict[str, Visitor] = OrderedDict()
-        self._turns: OrderedDict[str, int] = OrderedDict()
+        self._tabs: OrderedDict[str, Tab] = OrderedDict()
 
     def get(self, key: str) -> Visitor:
         visitor = self._visitors.get(key)
@@ -110,12 +121,13 @@ class Visitors:
             self._visitors.popitem(last=False)
         return visitor
 
-    def watch(self, tab: str) -> Callable[[], bool]:
-        """Begin to watch in a tab; the answer is False once another watcher has begun there."""
-        turn = self._turns[tab] = self._turns.get(tab, 0) + 1
-        while len(self._turns) > VISITORS_KEPT:
-            self._turns.popitem(last=False)
-        return lambda: self._turns.get(tab) == turn
+    def tab(self, request: gr.Request) -> Tab:
+        session = str(request.session_hash)
+        tab = self._tabs.setdefault(session, Tab())
+        self._tabs.move_to_end(session)
+        while len(self._tabs) > VISITORS_KEPT:
+            self._tabs.popitem(last=False)
+        return tab
 
 
 def build_page(engine: Engine) -> gr.Blocks:
@@ -130,6 +142,7 @@ def build_page(engine: Engine) -> gr.Blocks:
         key = gr.BrowserState(storage_key="uso-visitor", secret="uso")
         fields = zlib.crc32(" ".join(GenerationRequest.model_fields).encode())
         saved = gr.BrowserState(storage_key=f"uso-form-{fields}", secret="uso")
+        chosen = gr.BrowserState("", storage_key="uso-intent", secret="uso")
         with gr.Row(elem_id="top"):
             gr.HTML(title(engine.model), elem_id="title")
             queue = gr.HTML(elem_id="queue")
@@ -192,8 +205,8 @@ def build_page(engine: Engine) -> gr.Blocks:
                     stage = gr.HTML(elem_id="stage")
                 with gr.Row(elem_id="state"):
                     status = gr.HTML(elem_id="status")
-                    cancel = gr.Button("Cancel", elem_id="cancel", size="sm", min_width=70, scale=0)
-                    keep = gr.Button("Keep", elem_id="keep", size="sm", min_width=70, scale=0)
+                    cancel = _button("Cancel", "cancel", 70, scale=0)
+                    keep = _button("Keep", "keep", 70, scale=0)
                     retry = gr.Button(
                         "Try again", elem_id="retry", size="sm", min_width=90, scale=0, visible=False
                     )
@@ -201,23 +214,26 @@ def build_page(engine: Engine) -> gr.Blocks:
                     info = gr.HTML(elem_id="info")
                     said = gr.HTML(elem_id="said")
                 with gr.Row(elem_id="uses"):
-                    download = gr.DownloadButton("Download PNG", elem_id="download", size="sm", min_width=110)
-                    as_subject = gr.Button("Use as subject", elem_id="as_subject", size="sm", min_width=110)
-                    as_style = gr.Button("Use as style", elem_id="as_style", size="sm", min_width=110)
-                    same_seed = gr.Button("Same seed", elem_id="same_seed", size="sm", min_width=90)
-                    copy = gr.Button("Copy", elem_id="copy", size="sm", min_width=60)
-                strip = gr.Gallery(
-                    elem_id="strip",
-                    format="png",
-                    interactive=False,
-                    allow_preview=False,
-                    show_label=False,
-                    columns=JOBS_SHOWN,
-                    height=84,
-                    object_fit="cover",
-                    buttons=[],
-                    visible=False,
-                )
+                    download = gr.DownloadButton(
+                        "Download PNG", elem_id="download", size="sm", min_width=110, interactive=False
+                    )
+                    as_subject = _button("Use as subject", "as_subject", 110)
+                    as_style = _button("Use as style", "as_style", 110)
+                    same_seed = _button("Same seed", "same_seed", 90)
+                    copy = _button("Copy", "copy", 60)
+                with gr.Row(elem_id="last"):
+                    strip = gr.Gallery(
+                        elem_id="strip",
+                        format="png",
+                        interactive=False,
+                        allow_preview=False,
+                        show_label=False,
+                        columns=JOBS_SHOWN,
+                        height=64,
+                        object_fit="cover",
+                        buttons=[],
+                        visible=False,
+                    )
         examples = gr.Gallery(
             [(thumbnail(intent), intent.name) for intent in INTENTS],
             label="Examples: click one, then Generate",
@@ -273,32 +289,57 @@ def build_page(engine: Engine) -> gr.Blocks:
                     jobs.append(engine.submit(one, opened, origin).id)
             except USOError as error:
                 at = error.field if isinstance(error, InputError) and error.field in answers else ""
-                answers[at or ""] = problem(str(error))
+                answers[at] = problem(str(error))
+                if at:
+                    slot = GenerationRequest.model_fields[at].title
+                    answers[""] = problem(f"Not drawn: see below {slot}.")
             if jobs:
                 visitor.batches = [*visitor.batches, jobs][-BATCHES_KEPT:]
                 visitor.picked = None
             return [*answers.values(), ""]
 
+        async def follow(tab: Tab, visitor_key: str) -> AsyncGenerator[list[Any], None]:
+            """What the tab does not show yet; ends when all is shown, or another watcher begins there."""
+            turn = tab.watchers = tab.watchers + 1
+            tab.watched, heard, settled = True, 0.0, False
+            try:
+                while tab.watchers == turn and not settled:
+                    visitor = visitors.get(visitor_key)
+                    # Asked before looking: what ends in between is seen in the next round.
+                    jobs = visitor.jobs(engine)
+                    settled = engine.status.state != "loading" and all(job.done for job in jobs)
+                    view = look(engine, visitor)
+                    # Something once a second, so that a tab that is gone is noticed.
+                    if view != tab.shown or time.monotonic() - heard >= 1:
+                        before, tab.shown, heard = tab.shown, view, time.monotonic()
+                        yield [
+                            gr.skip() if before.get(name) == view[name] else gr.update(**view[name])
+                            for name in shown
+                        ]
+                    if not settled:
+                        await asyncio.sleep(WATCH_SECONDS)
+            finally:
+                if tab.watchers == turn:
+                    tab.watched = False
+                    if not settled:  # who knows what arrived
+                        tab.shown = {}
+
         async def watch(visitor_key: str, request: gr.Request) -> AsyncIterator[list[Any]]:
-            """Show what changes until nothing is left to happen, or the tab begins another watch."""
-            newest = visitors.watch(str(request.session_hash))
-            before: dict[str, dict[str, Any]] = {}
-            heard = 0.0
-            while newest():
-                visitor = visitors.get(visitor_key)
-                # Asked before looking: what ends in between is seen in the next round.
-                settled = engine.status.state != "loading" and all(job.done for job in visitor.jobs(engine))
-                view = look(engine, visitor)
-                # Something once a second, so that a tab that is gone is noticed.
-                if view != before or time.monotonic() - heard >= 1:
-                    yield [
-                        gr.skip() if before.get(name) == view[name] else gr.update(**view[name])
-                        for name in shown
-                    ]
-                    before, heard = view, time.monotonic()
-                if settled:
-                    return
-                await asyncio.sleep(0.2)
+            tab = visitors.tab(request)
+            tab.shown = {}
+            async with aclosing(follow(tab, visitor_key)) as updates:
+                async for update in updates:
+                    yield update
+
+        async def idle(visitor_key: str, request: gr.Request) -> AsyncIterator[list[Any]]:
+            """Watch again when there is something to see: the queue, and what other tabs asked for."""
+            tab = visitors.tab(request)
+            if tab.watched or tab.shown == look(engine, visitors.get(visitor_key)):
+                yield [gr.skip()] * len(shown)
+                return
+            async with aclosing(follow(tab, visitor_key)) as updates:
+                async for update in updates:
+                    yield update
 
         def stop(visitor_key: str) -> None:
             """Cancel what was asked for in one click: the batch that is being drawn, or waits."""
@@ -328,19 +369,17 @@ def build_page(engine: Engine) -> gr.Blocks:
                 return [gr.skip(), problem(GONE)]
             return [job.work.seed, told(f"Seed {job.work.seed} is set in Details.")]
 
-        def idle(visitor_key: str) -> list[Any]:
-            """What may change while nobody watches: the queue, and whether the engine is well."""
-            visitor = visitors.get(visitor_key)
-            view = look(engine, visitor)
-            if not all(job.done for job in visitor.jobs(engine)):
-                return [view["queue"]["value"], gr.skip(), gr.skip()]  # a watcher is at it
-            return [gr.update(**view[name]) for name in ("queue", "status", "retry")]
-
-        def advise(shape: str, pictures: float, *values: Any) -> str:
-            """What stands beside Generate: how long it takes, or what cannot have an effect."""
+        def advise(shape: str, pictures: float, use: str, *values: Any) -> str:
+            """What stands beside Generate: how long it takes, or what is missing."""
             form = dict(zip(GenerationRequest.model_fields, values, strict=True))
+            form["prompt"] = (form["prompt"] or "").strip()
+            for intent in INTENTS:
+                if intent.name == use and (lacks := intent.lacks(form)):
+                    return lacks
             if form["keep_size"] and not form["content_image"]:
                 return "Keep the subject's shape: needs a subject."
+            if not any(form[name] for name in ("prompt", *PICTURES)):
+                return "Drop a picture or write a prompt."
             try:
                 request, given = read_form(form, auto_size=shape == "Auto")
                 cost = engine.cost(request, {name: picture_size(path) for name, path in given.items()})
@@ -350,7 +389,7 @@ def build_page(engine: Engine) -> gr.Blocks:
 
         def intend(intent: Intent) -> list[Any]:
             values = [intent.sets.get(name, gr.skip()) for name in GenerationRequest.model_fields]
-            return [*values, told(f"{intent.name}: {intent.told}")]
+            return [*values, intent.name, told(f"{intent.name}: {intent.told}")]
 
         def show_example(event: gr.SelectData) -> list[Any]:
             intent = INTENTS[event.index]
@@ -361,12 +400,9 @@ def build_page(engine: Engine) -> gr.Blocks:
             values = empty | intent.sets | {"prompt": intent.example.get("prompt", "")} | pictures
             return [
                 *(values.get(name, gr.skip()) for name in GenerationRequest.model_fields),
+                intent.name,
                 told(f"{intent.name}: press Generate."),
             ]
-
-        def choose_shape(shape: str) -> list[Any]:
-            width, height = SIZES[shape] or (gr.skip(), gr.skip())
-            return [gr.update(visible=shape != "Auto"), width, height]
 
         async def generate_api(
             prompt: str,
@@ -403,19 +439,19 @@ def build_page(engine: Engine) -> gr.Blocks:
         form = [size, count, *ordered]
         advising: dict[str, Any] = {
             "fn": advise,
-            "inputs": form,
+            "inputs": [size, count, chosen, *ordered],
             "outputs": about,
             "preprocess": False,
-            **QUIET,
+            **LATEST,
         }
         defaults = json.dumps([control.value for control in form])
         page.load(None, saved, form, js=f"(saved) => saved ?? {defaults}")
         page.load(lambda known: known or secrets.token_urlsafe(18), key, key, **QUIET).then(**watching)
         gr.on([control.change for control in form], None, form, saved, js="(...form) => [form]")
-        gr.on([control.change for control in form], **advising)
+        gr.on([page.load, *(control.change for control in [*form, chosen])], **advising)
         for button, intent in zip(intents, INTENTS, strict=True):
-            button.click(lambda intent=intent: intend(intent), None, [*ordered, message], **QUIET)
-        examples.select(show_example, None, [*ordered, message], **QUIET)
+            button.click(lambda intent=intent: intend(intent), None, [*ordered, chosen, message], **QUIET)
+        examples.select(show_example, None, [*ordered, chosen, message], **QUIET)
         random_seed.click(lambda: -1, None, controls["seed"], **QUIET)
         gr.on(
             [generate.click, controls["prompt"].submit],
@@ -433,8 +469,13 @@ def build_page(engine: Engine) -> gr.Blocks:
             button.click(lambda key, name=name: use(key, name), key, [controls[name], said], **QUIET)
         same_seed.click(seed_of, key, [controls["seed"], said], **QUIET)
         copy.click(None, None, said, js="() => copyPicture()")  # in page.html
-        gr.Timer(IDLE_SECONDS).tick(idle, key, [queue, status, retry], **QUIET)
-        size.change(choose_shape, size, [sides, controls["width"], controls["height"]], **QUIET)
+        gr.Timer(IDLE_SECONDS).tick(**watching | {"fn": idle})
+        # In the browser: a Generate that follows at once asks for this size already.
+        both = [controls["width"], controls["height"]]
+        size.input(
+            None, [size, *both], both, js=f"(shape, ...sides) => ({json.dumps(SIZES)})[shape] ?? sides"
+        )
+        size.change(None, size, sides, js="(s) => ({__type__: 'update', visible: s !== 'Auto'})")
         # For gradio_client, which takes types and defaults from the components (None: from the function). On
         # the page a size is always there; here it may be left out.
         optional = {name: gr.Number(label=name, precision=0, visible=False) for name in ("width", "height")}
@@ -456,7 +497,7 @@ def build_page(engine: Engine) -> gr.Blocks:
                 controls[name],
                 hints[name],
                 preprocess=False,
-                **QUIET,
+                **LATEST,
             )
     return page
 
@@ -542,7 +583,7 @@ def look(engine: Engine, visitor: Visitor) -> dict[str, dict[str, Any]]:
         "queue": {"value": f"Queue {engine.waiting}"},
         "strip": {
             "value": [str(job.result.path) for job in done[:JOBS_SHOWN] if job.result],
-            "visible": len(done) > 1,
+            "visible": bool(done),
         },
         "download": {"value": path, "interactive": path is not None},
         "as_subject": {"interactive": path is not None},
@@ -561,6 +602,11 @@ def _words(name: str) -> dict[str, Any]:
 
 def _default(name: str) -> Any:
     return GenerationRequest.model_fields[name].default
+
+
+def _button(text: str, elem_id: str, min_width: int, **layout: Any) -> gr.Button:
+    """A small button that can be clicked once there is something to do."""
+    return gr.Button(text, elem_id=elem_id, size="sm", min_width=min_width, interactive=False, **layout)
 
 
 def _slot(name: str) -> gr.Image:
