@@ -43,7 +43,7 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-WAIT = 60_000  # milliseconds; the machine may be busy
+WAIT = 120_000  # milliseconds; the machine may be busy
 
 
 @contextlib.contextmanager

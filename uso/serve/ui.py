@@ -334,7 +334,7 @@ def build_page(engine: Engine) -> gr.Blocks:
         async def idle(visitor_key: str, request: gr.Request) -> AsyncIterator[list[Any]]:
             """Watch again when there is something to see: the queue, and what other tabs asked for."""
             tab = visitors.tab(request)
-            if tab.watched or tab.shown == look(engine, visitors.get(visitor_key)):
+            if not visitor_key or tab.watched or tab.shown == look(engine, visitors.get(visitor_key)):
                 yield [gr.skip()] * len(shown)
                 return
             async with aclosing(follow(tab, visitor_key)) as updates:
