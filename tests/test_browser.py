@@ -506,15 +506,21 @@ def test_nothing_serious_stands_in_anybodys_way(
 def test_a_model_that_loads_is_told_and_one_that_fails_is_tried_again(
     chromium: Browser, tmp_path: Path
 ) -> None:
-    """A folder without one of its files, which is then put there."""
+    """A folder without one of its files, which is then put there; and strangers are asked for a password."""
     folder = tmp_path / "mine"
     shutil.copytree(ROOT / "assets" / "nano", folder)
     weights = next(folder.glob("vae/*.safetensors"))
     weights.rename(tmp_path / "elsewhere")
     (tmp_path / "slow").touch()
-    with serving(tmp_path, USO_MODEL=str(folder)) as (url, _), chromium.new_context() as context:
+    environment = {"USO_MODEL": str(folder), "USO_AUTH": "me:secret"}
+    with serving(tmp_path, **environment) as (url, _), chromium.new_context() as context:
         page = context.new_page()
         page.goto(url)
+        for password in ("guess", "secret"):
+            expect(page.locator("#status")).to_have_count(0)
+            page.get_by_label("username").fill("me")
+            page.get_by_label("password").fill(password)
+            page.get_by_role("button", name="Login").click()
         expect(page.locator("#status")).to_contain_text(re.compile("Loading|Reading"), timeout=WAIT)
         expect(page.locator("#status progress")).to_be_visible()
         page.fill("#prompt textarea", "a fox")
