@@ -43,6 +43,12 @@ events.
 ended, with status 9 completed, 10 failed or 11 cancelled, and are tried again for hours. With
 `USO_WEBHOOK_SECRET` they are signed as [Standard Webhooks](https://www.standardwebhooks.com) says.
 
+**Cost.** Of a task's time 11 ms are the API's: 5 from the request to the first step, 6 from the last
+latents to the answer, without decoding (2 ms) and PNG (4 ms). 200 tasks from 20 clients at once were taken
+in 3.4 s and ended in their order; meanwhile the page answered within 0.4 s, and memory grew by 33 MiB in
+all. (`pytest -s -k "50_ms or 200_tasks"`: the least of 15 tasks without a model, and nano; 2 cores of an
+AMD EPYC, no GPU, busy with other work besides; 2026-11-24.)
+
 This page is made by `python docs/api.py` from `GET /openapi.json`.
 """
 
