@@ -440,6 +440,24 @@ def test_a_webhook_is_due_exactly_when_the_job_has_ended(start: Any) -> None:
     assert (told["status"], told["session_id"], rows[0]["next_try_at"]) == (9, "sess_1", jobs[0].updated_at)
 
 
+def test_what_is_past_its_time_is_forgotten(start: Any) -> None:
+    engine = start(lambda progress: FakePipeline())
+    old, new = (wait(engine, submit(engine)) for _ in range(2))
+    assert old.result is not None
+    assert new.result is not None
+    long_ago = time.time() - engine.files.keep_seconds - 1
+    with engine.files.store.transaction() as db:
+        db.execute("UPDATE files SET created_at = ? WHERE id = ?", (long_ago, old.result.file.id))
+        db.execute("UPDATE tasks SET updated_at = ? WHERE id = ?", (long_ago, old.id))
+    del engine._finished[old.id]
+    assert engine.get(old.id), "in memory as it is in the store"
+    engine.sweep()
+    assert engine.get(old.id) is None
+    assert not old.result.path.exists()
+    assert engine.get(new.id) == new
+    assert new.result.path.exists()
+
+
 def test_what_comes_with_a_job_is_stored_with_it_or_not_at_all(start: Any) -> None:
     engine = start(lambda progress: FakePipeline())
 

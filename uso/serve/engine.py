@@ -287,6 +287,14 @@ class Engine:
             self._finished.pop(job_id, None)
         return True
 
+    def sweep(self) -> None:
+        """Forget the jobs and files that are past their time, see `Files.sweep`."""
+        self.files.sweep()
+        expired = time.time() - self.files.keep_seconds
+        with self._changed:
+            for job in [job for job in self._finished.values() if job.updated_at < expired]:
+                del self._finished[job.id]
+
     def position(self, job_id: str) -> int:
         """How many jobs come first; 0 is running or next."""
         with self._changed:

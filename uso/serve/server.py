@@ -87,7 +87,7 @@ def serve(settings: Settings) -> int:
         next_sweep = time.monotonic() + SWEEP_SECONDS
         while not asked_to_stop.wait(1) and engine.status.state != "broken":
             if time.monotonic() > next_sweep:
-                _sweep(files)
+                _sweep(engine)
                 next_sweep = time.monotonic() + SWEEP_SECONDS
         broken = engine.status.state == "broken"
         engine.stop(within=STOP_SECONDS)
@@ -106,9 +106,9 @@ def asks_for_keys(settings: Settings) -> bool:
     return settings.require_keys
 
 
-def _sweep(files: Files) -> None:
+def _sweep(engine: Engine) -> None:
     try:
-        files.sweep()
+        engine.sweep()
     except Exception:  # a full disk, say: the next round may do better
         logger.exception("What is past its time could not be removed")
 
