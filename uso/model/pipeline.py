@@ -30,6 +30,7 @@ from uso.model.geometry import (
 from uso.model.once import ConditioningCache, precomputed
 from uso.model.scheduler import USOFlowMatchEulerScheduler
 from uso.model.style_projector import StyleProjector
+from uso.model.tuning import fuse_qkv, split_qkv
 from uso.schema import resolve_size
 
 Callback = Callable[["USOPipeline", int, Tensor, dict[str, Tensor]], dict[str, Tensor]]
@@ -265,6 +266,26 @@ class USOPipeline(DiffusionPipeline, FluxLoraLoaderMixin):
             self.maybe_free_model_hooks()
 
         return USOPipelineOutput(images=images) if return_dict else (images,)
+
+    def fuse_qkv_projections(self) -> None:
+        """As in diffusers, but the separate projections are not kept: nothing takes memory twice.
+
+        Saving and loading a LoRA separate them again.
+        """
+        fuse_qkv(self.transformer)
+
+    def unfuse_qkv_projections(self) -> None:
+        split_qkv(self.transformer)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        fused = split_qkv(self.transformer)
+        super().save_pretrained(*args, **kwargs)
+        if fused:
+            fuse_qkv(self.transformer)
+
+    def load_lora_weights(self, *args: Any, **kwargs: Any) -> None:
+        split_qkv(self.transformer)  # a LoRA belongs to one of them
+        super().load_lora_weights(*args, **kwargs)
 
     def check_inputs(
         self,

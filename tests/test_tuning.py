@@ -1,0 +1,109 @@
+"""Fused projections, compiled blocks and attention backends: the same pictures, and no way into a corner."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch._dynamo.testing import CompileCounter
+
+from tests.parity import GOLDENS, load
+from tests.test_pipeline import CONTENT, SECOND_STYLE, STYLE, close, draw
+from uso.model import tuning
+from uso.model.pipeline import USOPipeline
+
+
+@pytest.fixture
+def pipe(tiny_folder: Path) -> USOPipeline:
+    pipe = USOPipeline.from_pretrained(tiny_folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def expected() -> Tensor:
+    return draw(load("flux-dev"))
+
+
+def test_fused_projections_take_no_memory_and_come_apart_again(
+    pipe: USOPipeline, expected: Tensor, tiny_folder: Path, tmp_path: Path
+) -> None:
+    before = {name: value.clone() for name, value in pipe.transformer.state_dict().items()}
+    pipe.fuse_qkv_projections()
+    assert not hasattr(pipe.transformer.transformer_blocks[0].attn, "to_q")
+    numbers = sum(parameter.numel() for parameter in pipe.transformer.parameters())
+    assert numbers == sum(value.numel() for value in before.values())
+    assert close(draw(pipe), expected)
+    pipe.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "transformer/diffusion_pytorch_model.safetensors")
+    assert saved.keys() == before.keys()
+    assert all(torch.equal(saved[name], before[name]) for name in saved)
+    assert pipe.transformer.transformer_blocks[0].attn.fused_projections, "it goes on as it was"
+    pipe.unfuse_qkv_projections()
+    after = pipe.transformer.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in after)
+
+
+def test_a_lora_counts_whatever_was_fused(pipe: USOPipeline) -> None:
+    plain = draw(pipe)
+    lora = {
+        "pretrained_model_name_or_path_or_dict": GOLDENS / "weights",
+        "weight_name": "dit_lora.safetensors",
+    }
+    pipe.load_lora_weights(**lora)
+    adapted = draw(pipe)
+    assert not close(adapted, plain)
+    pipe.fuse_qkv_projections()
+    assert close(draw(pipe), adapted), "beside a LoRA nothing is fused"
+    pipe.unload_lora_weights()
+    pipe.fuse_qkv_projections()
+    assert pipe.transformer.transformer_blocks[0].attn.fused_projections
+    assert close(draw(pipe), plain)
+    pipe.load_lora_weights(**lora)
+    assert close(draw(pipe), adapted)
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    pipe.fuse_qkv_projections()
+    assert pipe.transformer.transformer_blocks[0].attn.fused_projections
+    assert close(draw(pipe), adapted)
+
+
+def test_compiled_blocks_have_one_set_of_graphs_for_all_pictures(pipe: USOPipeline, expected: Tensor) -> None:
+    counter = CompileCounter()
+    tuning.compile_blocks(pipe.transformer, backend=counter)
+    draw(pipe, content_image=None, style_images=None)
+    graphs = counter.frame_count
+    assert graphs <= 2 * 2  # two kinds of block, each before and after its tokens are slices
+    for content in (None, CONTENT):
+        for styles in ([], [STYLE], [STYLE, SECOND_STYLE]):
+            draw(pipe, content_image=content, style_images=styles, num_inference_steps=2)
+    assert close(draw(pipe), expected)
+    draw(pipe, width=96, height=32, num_inference_steps=1)
+    assert counter.frame_count == graphs
+
+
+def test_the_fastest_attention_that_works_is_taken(
+    pipe: USOPipeline, expected: Tensor, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpu = torch.device("cpu")
+    assert tuning.attention_backends(cpu) == ("native",)
+    for capability, first in (((9, 0), "_flash_3_hub"), ((10, 0), "_native_cudnn"), ((8, 6), "native")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert tuning.attention_backends(torch.device("cuda"))[0] == first
+    try:
+        caplog.set_level("INFO", logger="uso.model.tuning")
+        # the first needs a package, the second another build: neither is here
+        assert tuning.choose_attention(pipe.transformer, ("_flash_3_hub", "flash", "native"), cpu) == "native"
+        said = [record.getMessage() for record in caplog.records if record.name == "uso.model.tuning"]
+        assert [line.split(" is not used: ")[0] for line in said] == [
+            "The attention backend _flash_3_hub",
+            "The attention backend flash",
+        ]
+        assert "kernels" in said[0]
+        assert close(draw(pipe), expected)
+        assert tuning.choose_attention(pipe.transformer, ("_native_math", "native"), cpu) == "_native_math"
+        assert close(draw(pipe), expected)
+    finally:
+        pipe.transformer.reset_attention_backend()

@@ -1,0 +1,97 @@
+"""The transformer made faster for a device, its pictures the same but for rounding.
+
+In this order: LoRAs are merged, q, k and v fused, weights quantized, blocks compiled.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from diffusers import FluxTransformer2DModel
+from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+from diffusers.models.transformers.transformer_flux import FluxAttention
+from torch import nn
+
+logger = logging.getLogger(__name__)
+
+# the fused layer of a `FluxAttention`, and the three it stands for
+FUSED = {"to_qkv": ("to_q", "to_k", "to_v"), "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj")}
+
+
+def fuse_qkv(transformer: FluxTransformer2DModel) -> None:
+    """Replace q, k and v of each attention by one layer; the three are not kept.
+
+    Attentions with a LoRA beside them or with quantized weights stay as they are.
+    """
+    for attention in _attentions(transformer):
+        layers = [getattr(attention, name, None) for names in FUSED.values() for name in names]
+        if all(layer is None or type(layer) is nn.Linear for layer in layers):
+            attention.fuse_projections()  # copies
+            for fused, names in FUSED.items():
+                for name in names if hasattr(attention, fused) else ():
+                    delattr(attention, name)
+            attention.requires_grad_(False)
+
+
+def split_qkv(transformer: FluxTransformer2DModel) -> bool:
+    """Undo `fuse_qkv`, bit for bit; whether there was something to undo."""
+    fused = [attention for attention in _attentions(transformer) if attention.fused_projections]
+    for attention in fused:
+        for whole, names in FUSED.items():
+            if not hasattr(attention, whole):
+                continue
+            layer = getattr(attention, whole)
+            biases = [None] * 3 if layer.bias is None else layer.bias.chunk(3)
+            for name, weight, bias in zip(names, layer.weight.chunk(3), biases, strict=True):
+                outputs, inputs = weight.shape
+                part = nn.Linear(inputs, outputs, bias=bias is not None, device="meta")
+                part.weight = nn.Parameter(weight.clone(), requires_grad=False)
+                if bias is not None:
+                    part.bias = nn.Parameter(bias.clone(), requires_grad=False)
+                setattr(attention, name, part)
+        attention.unfuse_projections()
+    return bool(fused)
+
+
+def _attentions(transformer: FluxTransformer2DModel) -> Iterator[Any]:
+    return (module for module in transformer.modules() if isinstance(module, FluxAttention))
+
+
+def attention_backends(device: torch.device) -> tuple[str, ...]:
+    """diffusers' attention backends for `device`, the fastest first; the last is always there."""
+    if device.type == "cuda" and (generation := torch.cuda.get_device_capability(device)[0]) >= 9:
+        hopper = ("_flash_3_hub",) if generation == 9 else ()
+        return (*hopper, "_native_cudnn", "native")
+    return ("native",)
+
+
+def choose_attention(
+    transformer: FluxTransformer2DModel, backends: Sequence[str], device: torch.device
+) -> str:
+    """Set the first of `backends` that computes on `device`; the log says why others did not."""
+    config = transformer.config
+    shape = (1, 64, config.num_attention_heads, config.attention_head_dim)
+    trial = torch.zeros(shape, device=device, dtype=transformer.dtype)
+    *faster, last = backends
+    for backend in faster:
+        try:
+            transformer.set_attention_backend(backend)
+            dispatch_attention_fn(trial, trial, trial, backend=AttentionBackendName(backend))
+        except Exception as error:  # of any kind: kernels come from the hub
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            logger.info("The attention backend %s is not used: %s", backend, reason)
+        else:
+            return backend
+    if faster:
+        transformer.set_attention_backend(last)
+    return last
+
+
+def compile_blocks(transformer: FluxTransformer2DModel, **options: Any) -> None:
+    """Compile each kind of block once, for pictures, references and styles of any size and number.
+
+    Args:
+        options: of `torch.compile`, beside those that make it so.
+    """
+    transformer.compile_repeated_blocks(fullgraph=True, dynamic=True, **options)
