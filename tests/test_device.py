@@ -56,6 +56,7 @@ def test_auto_takes_the_fastest_mode_that_fits(
     monkeypatch: pytest.MonkeyPatch, free_gb: int, mode: str, why: str
 ) -> None:
     monkeypatch.setattr(device_module, "choose_device", torch.device)
+    monkeypatch.setattr(device_module, "tune", lambda transformer, device: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free_gb * 10**9, 80 * 10**9))
     pipe = FakePipeline()
     for name, gigabytes in (("transformer", 24), ("text_encoder_2", 10), ("vae", 2)):

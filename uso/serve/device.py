@@ -29,6 +29,7 @@ from uso.images import OWN_SIZE_MAX, with_long_side
 from uso.model.devices import choose_device
 from uso.model.geometry import unpack_latents
 from uso.model.modes import Footprint, Picture
+from uso.model.tuning import compile_blocks, tune, uncompile_blocks
 from uso.serve.cost import Demand
 from uso.serve.work import Drawn, Event, Phase, Progress, Sizes, Work
 
@@ -69,6 +70,7 @@ class Device:
         self.modes = MODES if self.device.type == "cuda" else MODES[:1]
         pipe.set_progress_bar_config(disable=True)
         self.memory, self.why = self._choose_memory(memory)
+        tune(pipe.transformer, self.device)
         self._place(self.memory)
         self._latent_to_rgb = fit_latent_to_rgb(pipe, self.device)
 
@@ -102,6 +104,12 @@ class Device:
         megapixels = self.pipe.native_size(work.width) * self.pipe.native_size(work.height) / 1e6
         memory = self.footprint.peak(self.memory, picture)
         return Demand(work.num_steps, flop / 1e12, len(sizes), megapixels, memory)
+
+    def compile(self) -> None:
+        """Compile the transformer where that pays; takes a minute, so it is for who draws many pictures."""
+        # blocks that are streamed have hooks: each would be a graph of its own
+        if self.device.type == "cuda" and self.memory != "offload":
+            compile_blocks(self.pipe)
 
     def run(
         self, work: Work, cancelled: Callable[[], bool], *, keep: Callable[[], bool] = lambda: False
@@ -201,6 +209,8 @@ class Device:
 
     def _place(self, memory: MemoryMode) -> None:
         self.pipe.remove_all_hooks()
+        if memory == "offload":
+            uncompile_blocks(self.pipe.transformer)
         if memory == "full":
             self.pipe.to(self.device)
         elif memory == "staged":

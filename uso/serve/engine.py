@@ -429,6 +429,8 @@ class Engine:
         began = time.monotonic()
         try:
             self._device = device = Device(self._load_pipeline(self._report_loading), **self._placement)
+            self._report_loading("Compiling", 1.0)
+            device.compile()
         except Exception as error:
             logger.exception("The model could not be loaded")
             self._give_up(f"The model could not be loaded. {_sentence(error)}")
