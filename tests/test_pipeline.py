@@ -164,28 +164,6 @@ def test_bf16(tiny_folder: Path, expected: Tensor) -> None:
     assert draw(pipe, output_type="pil")[0].size == (64, 48)
 
 
-def test_what_never_changes_is_computed_once_an_image(pipe: USOPipeline) -> None:
-    once = {
-        name: Counter(module)
-        for name, module in {
-            "SigLIP": pipe.image_encoder,
-            "projector": pipe.style_projector,
-            "CLIP": pipe.text_encoder,
-            "T5": pipe.text_encoder_2,
-            "context": pipe.transformer.context_embedder,
-            "rotary": pipe.transformer.pos_embed,
-            "reference": pipe.vae.encoder,
-        }.items()
-    }
-    steps = Counter(pipe.transformer.x_embedder)
-    draw(pipe, num_inference_steps=4, style_images=[STYLE, SECOND_STYLE])
-    assert steps.calls == 4
-    assert {name: counter.calls for name, counter in once.items()} == dict.fromkeys(once, 1)
-    draw(pipe, style_images=None)
-    assert once["SigLIP"].calls == 1
-    assert once["context"].calls == 2
-
-
 @pytest.mark.parametrize("step", [0, 1, 2])
 @pytest.mark.parametrize("error", [Cancelled("stop"), KeyboardInterrupt()])
 def test_an_exception_at_any_step_leaves_the_pipeline_usable(
