@@ -27,6 +27,7 @@ from uso.model.geometry import (
     schedule_mu,
     unpack_latents,
 )
+from uso.model.last_block import last_block_for_picture
 from uso.model.once import ConditioningCache, precomputed
 from uso.model.scheduler import USOFlowMatchEulerScheduler
 from uso.model.style_projector import StyleProjector
@@ -223,6 +224,7 @@ class USOPipeline(DiffusionPipeline, FluxLoraLoaderMixin):
                     style_tokens=style_tokens,
                     ids=torch.cat([txt_ids, img_ids]),
                 ) as at_step,
+                last_block_for_picture(self.transformer, latents),
                 self.progress_bar(total=num_inference_steps) as progress_bar,
             ):
                 for i, t in enumerate(self.scheduler.timesteps):

@@ -11,6 +11,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from diffusers.models.transformers.transformer_flux import FluxAttention
+from PIL import Image
 from torch import nn
 
 logger = logging.getLogger(__name__)
@@ -107,7 +108,11 @@ def compile_blocks(pipe: Any, **options: Any) -> None:
     """
     pipe.transformer.compile_repeated_blocks(fullgraph=True, dynamic=True, **options)
     try:
-        pipe(width=256, height=256, num_inference_steps=1, generator=torch.Generator(), output_type="latent")
+        # with a reference: without one the last block's tokens end where all do, which would be another graph
+        pipe(
+            content_image=Image.new("RGB", (128, 96)), content_long_size=128, width=256, height=256,
+            num_inference_steps=1, generator=torch.Generator(), output_type="latent",
+        )  # fmt: skip
     except Exception as error:  # of any kind: compilers
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         logger.warning("The blocks are not compiled: %s", reason)

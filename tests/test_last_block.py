@@ -1,0 +1,86 @@
+"""The last block computes the picture's tokens alone, and the picture stays the same."""
+
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from diffusers import FirstBlockCacheConfig
+from torch import Tensor, nn
+
+from tests.test_pipeline import SECOND_STYLE, STYLE, draw
+from uso.model import pipeline
+from uso.model.pipeline import USOPipeline
+
+
+@pytest.fixture
+def pipe(tiny_folder: Path) -> USOPipeline:
+    pipe = USOPipeline.from_pretrained(tiny_folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def last_block(pipe: USOPipeline) -> Any:
+    return pipe.transformer.single_transformer_blocks[-1]
+
+
+def whole(pipe: USOPipeline, **arguments: Any) -> Tensor:
+    """As diffusers computes it."""
+    with mock.patch.object(pipeline, "last_block_for_picture", mock.MagicMock()):
+        return draw(pipe, **arguments)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(
+    "arguments", [{}, {"style_images": [STYLE, SECOND_STYLE]}, {"content_image": None}], ids=str
+)
+def test_the_picture_is_the_same(pipe: USOPipeline, arguments: dict[str, Any], fused: bool) -> None:
+    if fused:
+        pipe.fuse_qkv_projections()
+    expected = whole(pipe, **arguments)
+    torch.testing.assert_close(draw(pipe, **arguments), expected, rtol=0, atol=1e-5)
+
+
+def test_only_the_pictures_tokens_go_through_its_mlp(pipe: USOPipeline) -> None:
+    rows = []
+    last_block(pipe).proj_mlp.register_forward_hook(lambda module, args, out: rows.append(out.shape[1]))
+    latents = draw(pipe)
+    assert set(rows) == {latents.shape[1]}
+
+
+def test_nothing_stays_behind(pipe: USOPipeline) -> None:
+    before = set(vars(last_block(pipe)))
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("in the middle")
+
+    handle = last_block(pipe).proj_mlp.register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="in the middle"):
+        draw(pipe)
+    handle.remove()
+    assert set(vars(last_block(pipe))) == before
+    draw(pipe)
+    assert set(vars(last_block(pipe))) == before
+
+
+def test_a_step_cache_is_left_alone(pipe: USOPipeline) -> None:
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.0))
+    expected = whole(pipe)
+    assert torch.equal(draw(pipe), expected)
+
+
+def test_another_attention_is_asked(pipe: USOPipeline) -> None:
+    block = last_block(pipe)
+    processor = block.attn.processor
+    calls = []
+
+    class Watching(type(processor)):  # type: ignore[misc]
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            calls.append(1)
+            return super().__call__(*args, **kwargs)
+
+    block.attn.set_processor(Watching())
+    assert isinstance(block.attn, nn.Module)
+    draw(pipe)
+    assert calls
