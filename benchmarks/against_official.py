@@ -4,7 +4,8 @@
 line is JSON. Exit code 1 when the pictures differ.
 
 Each runs in a process of its own (both packages are called `uso`), the LoRA merged in ours and beside the
-weights in theirs, as each does. Both encode the content picture; the official code is told to take the
+weights in theirs, as each does. Ours runs twice: as it is loaded, and with its blocks compiled, which takes
+seconds to minutes and is not timed. Both encode the content picture; the official code is told to take the
 posterior's mean, for it samples it from the global generator. On a CPU both compute in float32, which
 `benchmarks.official` brings it to, on CUDA in bfloat16.
 """
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -30,6 +32,13 @@ from uso.model.plans import transformer_plan
 from uso.model.variants import DEV, with_numbers_of
 
 ROOT = Path(__file__).parents[1]
+OFFICIAL = "official"
+# a column of the table: module, arguments
+CONTENDERS: dict[str, tuple[str, ...]] = {
+    OFFICIAL: ("official",),
+    "ours": ("ours",),
+    "ours, compiled": ("ours", "--compile"),
+}
 PHASES = ("encode", "denoise", "decode", "total")
 H100_FLOPS = 790e12  # a second, dense bfloat16, as reached by large products
 # Largest distances of latents and of an 8-bit picture in float32. In bfloat16 the LoRA alone, merged or not,
@@ -40,9 +49,9 @@ LATENTS, LEVELS, RELATIVE = 1e-4, 1, 0.05
 class Worker:
     """`benchmarks.official` or `benchmarks.ours` in its process."""
 
-    def __init__(self, name: str, *arguments: str) -> None:
+    def __init__(self, name: str, module: str, *arguments: str) -> None:
         self.name = name
-        command = [sys.executable, "-m", f"benchmarks.{name}", *arguments]
+        command = [sys.executable, "-m", f"benchmarks.{module}", *arguments]
         self.process = subprocess.Popen(
             command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -84,14 +93,22 @@ class Measured:
     def seconds(self, phase: str) -> float:
         return statistics.median(answer["phases"][phase] for answer in self.drawn)
 
+    def warm_seconds(self) -> float:
+        return statistics.median(answer["phases"]["total"] for answer in self.warm or self.drawn)
+
+    def ratios(self, other: "Measured") -> list[float]:
+        """Of the other's time, round by round."""
+        totals = ([answer["phases"]["total"] for answer in m.drawn] for m in (self, other))
+        return [a / b for a, b in zip(*totals, strict=True)]
+
     def peak(self) -> int:
         return max(answer["peak"] for answer in self.drawn)
 
 
 def measure(
     open_worker: Callable[[str], Worker], *, steps: int, rounds: int, together: bool, folder: Path
-) -> Any:
-    """Both, each after a picture that is not timed; in turn, round by round, when both fit in the memory."""
+) -> dict[str, Measured]:
+    """All, each after a picture that is not timed; in turn, round by round, when all fit in the memory."""
     found: dict[str, Measured] = {}
 
     def begin(worker: Worker) -> None:
@@ -101,18 +118,19 @@ def measure(
 
     def go_on(worker: Worker, turn: int) -> None:
         found[worker.name].drawn.append(worker.draw(steps))
-        if worker.name == "ours":
-            found["ours"].warm.append(worker.draw(steps, seed=SEED + 1 + turn, cold=False))
+        if worker.name != OFFICIAL:
+            found[worker.name].warm.append(worker.draw(steps, seed=SEED + 1 + turn, cold=False))
 
     if together:
-        with open_worker("official") as official, open_worker("ours") as ours:
-            for worker in (official, ours):
+        with ExitStack() as stack:
+            workers = [stack.enter_context(open_worker(name)) for name in CONTENDERS]
+            for worker in workers:
                 begin(worker)
             for turn in range(rounds):
-                for worker in (official, ours):
+                for worker in workers:
                     go_on(worker, turn)
     else:
-        for name in ("official", "ours"):
+        for name in CONTENDERS:
             with open_worker(name) as worker:
                 begin(worker)
                 for turn in range(rounds):
@@ -120,9 +138,9 @@ def measure(
     return found
 
 
-def compare(folder: Path) -> dict[str, float]:
-    """Distances of the first pictures: largest in latents and in 8-bit levels, and relative in latents."""
-    official, ours = (np.load(folder / f"{name}.npz") for name in ("official", "ours"))
+def distances(folder: Path, name: str) -> dict[str, float]:
+    """Of first pictures from the official one: largest in latents and 8-bit levels, relative in latents."""
+    official, ours = (np.load(folder / f"{name}.npz") for name in (OFFICIAL, name))
     latents, levels = (official[key].astype(np.float64) - ours[key] for key in ("latents", "image"))
     return {
         "latents": float(np.abs(latents).max()),
@@ -161,40 +179,40 @@ def flops(size: Size, folder: Path) -> tuple[int, int]:
     return step.get_total_flops(), style.get_total_flops()
 
 
-def report(found: dict[str, Measured], extra: dict[str, Any]) -> dict[str, Any]:
+def report(found: dict[str, Measured]) -> dict[str, Any]:
     """Prints the table; what it says, for the last line."""
-    official, ours = found["official"], found["ours"]
-    ratios = [
-        b["phases"]["total"] / a["phases"]["total"] for a, b in zip(official.drawn, ours.drawn, strict=True)
-    ]
-    warm = statistics.median(answer["phases"]["total"] for answer in ours.warm)
-    rows = [(phase, official.seconds(phase), ours.seconds(phase)) for phase in PHASES]
-    print(f"{'':34}{'official':>10}{'ours':>10}{'ratio':>8}")
-    for phase, a, b in rows:
-        print(f"{phase + ', s':34}{a:10.3f}{b:10.3f}{b / a:8.2f}")
-    print(
-        f"{'new seed, same inputs (warm), s':34}{official.seconds('total'):10.3f}{warm:10.3f}"
-        f"{warm / official.seconds('total'):8.2f}"
-    )
-    print(f"{'median ratio of the rounds':34}{'':20}{statistics.median(ratios):8.2f}")
-    for name, a, b in (
-        ("peak memory, GB", official.peak() / 1e9, ours.peak() / 1e9),
-        ("memory before the picture, GB", official.ready["weights"] / 1e9, ours.ready["weights"] / 1e9),
-    ):
-        print(f"{name:34}{a:10.2f}{b:10.2f}{b / a:8.2f}")
-    for name, a, b in (
-        ("aten operations a step", official.ops_step, ours.ops_step),
-        ("aten operations once a picture", official.ops_once, ours.ops_once),
-    ):
-        print(f"{name:34}{a:10d}{b:10d}{b / a:8.2f}")
-    return extra | {
-        "ratio": statistics.median(ratios),
+    official = found[OFFICIAL]
+    others = [m for name, m in found.items() if name != OFFICIAL]
+    print(f"{'':32}{OFFICIAL:>10}" + "".join(f"{name:>15}{'ratio':>7}" for name in found if name != OFFICIAL))
+
+    def row(name: str, value: Callable[[Measured], float], digits: int) -> None:
+        cells = [f"{value(m):15.{digits}f}{value(m) / value(official):7.2f}" for m in others]
+        print(f"{name:32}{value(official):10.{digits}f}" + "".join(cells))
+
+    for phase in PHASES:
+        row(f"{phase}, s", lambda m, phase=phase: m.seconds(phase), 3)  # type: ignore[misc]
+    row("new seed, same inputs, s", lambda m: m.warm_seconds(), 3)
+    row("peak memory, GB", lambda m: m.peak() / 1e9, 2)
+    row("memory before the picture, GB", lambda m: m.ready["weights"] / 1e9, 2)
+    row("aten operations a step", lambda m: m.ops_step, 0)
+    row("aten operations once a picture", lambda m: m.ops_once, 0)
+    ratios = {name: m.ratios(official) for name, m in found.items() if name != OFFICIAL}
+    medians = {name: statistics.median(of_rounds) for name, of_rounds in ratios.items()}
+    print(f"{'median ratio of the rounds':42}" + "".join(f"{ratio:22.2f}" for ratio in medians.values()))
+    return {
+        "ratio": medians,
         "ratios": ratios,
-        "seconds": {phase: {"official": a, "ours": b} for phase, a, b in rows},
-        "warm_seconds": warm,
-        "peak_bytes": {name: m.peak() for name, m in found.items()},
-        "ops_step": {name: m.ops_step for name, m in found.items()},
-        "ops_once": {name: m.ops_once for name, m in found.items()},
+        **{
+            name: {
+                "seconds": {phase: m.seconds(phase) for phase in PHASES},
+                "new_seed_seconds": m.warm_seconds(),
+                "peak_bytes": m.peak(),
+                "weights_bytes": m.ready["weights"],
+                "ops_step": m.ops_step,
+                "ops_once": m.ops_once,
+            }
+            for name, m in found.items()
+        },
     }
 
 
@@ -220,35 +238,36 @@ def main() -> int:
         a_step, siglip = flops(size, folder)
 
         def open_worker(name: str) -> Worker:
-            checkout = [str(args.official.resolve())] if name == "official" else []
-            return Worker(
-                name, *checkout, str(folder), "--size", args.size, "--device", args.device, "--dtype", dtype
-            )
+            module, *arguments = CONTENDERS[name]
+            checkout = [str(args.official.resolve())] if name == OFFICIAL else []
+            numbers = ["--size", args.size, "--device", args.device, "--dtype", dtype]
+            return Worker(name, module, *checkout, str(folder), *numbers, *arguments)
 
         found = measure(open_worker, steps=steps, rounds=rounds, together=args.size != "full", folder=folder)
-        distances = compare(folder)
-    device = found["ours"].ready["device"]
+        apart = {name: distances(folder, name) for name in CONTENDERS if name != OFFICIAL}
+    device = found[OFFICIAL].ready["device"]
     print(
         f"{args.size}, {steps} steps, {size.side[0]}x{size.side[1]}, {dtype}, {device}: "
         f"medians of {rounds} rounds, caches cold\n"
         f"{a_step / 1e9:.1f} GFLOP a step of ours; SigLIP on two pictures {siglip / a_step:.1%} of that"
     )
-    same = agree(distances, dtype)
-    print(
-        f"{'The pictures agree' if same else 'THE PICTURES DIFFER'}: latents by {distances['latents']:.1e} "
-        f"(relative {distances['relative']:.1e}), picture by {distances['levels']} of 255\n"
-    )
-    extra = {
-        "size": args.size, "steps": steps, "rounds": rounds, "device": device, "dtype": dtype, "agree": same,
-        "distances": distances, "flops_step": a_step,
-    }  # fmt: skip
-    result = report(found, extra)
+    same = all(agree(of_one, dtype) for of_one in apart.values())
+    print("The pictures agree:" if same else "THE PICTURES DIFFER:")
+    for name, of_one in apart.items():
+        print(
+            f"  {name}: latents by {of_one['latents']:.1e} (relative {of_one['relative']:.1e}), picture by "
+            f"{of_one['levels']} of 255"
+        )
+    result = report(found)
     if "H100" in device:
         floor = steps * a_step / H100_FLOPS
         result["multiple_of_floor"] = {name: m.seconds("total") / floor for name, m in found.items()}
-        print(f"{f'multiple of the floor, {floor:.2f} s':34}", end="")
-        print("".join(f"{result['multiple_of_floor'][name]:10.2f}" for name in ("official", "ours")))
-    print(json.dumps(result))
+        print(f"multiple of the floor, {floor:.2f} s: {result['multiple_of_floor']}")
+    numbers = {
+        "size": args.size, "steps": steps, "rounds": rounds, "device": device, "dtype": dtype, "agree": same,
+        "distances": apart, "flops_step": a_step,
+    }  # fmt: skip
+    print(json.dumps(numbers | result))
     return 0 if same else 1
 
 

@@ -170,8 +170,13 @@ def main() -> None:
 
     # within inference_mode operations are not taken apart as within no_grad, which ours uses
     plain = pipeline.USOPipeline.forward.__wrapped__
-    counting = mock.patch.object(pipeline.USOPipeline, "forward", torch.no_grad()(plain))
-    serve(answers, draw, device=device, forget=lambda: None, counting=counting)
+    serve(
+        answers,
+        draw,
+        device=device,
+        forget=lambda: None,
+        counting=lambda: mock.patch.object(pipeline.USOPipeline, "forward", torch.no_grad()(plain)),
+    )
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import argparse
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from benchmarks.worker import Clock, serve, take_stdout
 from uso import load_pipeline
 from uso.model import checkpoints, keymaps, plans
 from uso.model.pipeline import USOPipeline
+from uso.model.tuning import compile_blocks
 from uso.model.variants import DEV, with_numbers_of
 from uso.model.weights import Plan, Weights
 from uso.serve.device import Device
@@ -74,11 +74,15 @@ def main() -> None:
     parser.add_argument("--size", required=True)
     parser.add_argument("--device", required=True)
     parser.add_argument("--dtype", required=True)
+    parser.add_argument("--compile", action="store_true")
     args = parser.parse_args()
     answers = take_stdout()
     size = SIZES[args.size]
     pipe: Any = build(size, args.folder, device=args.device, dtype=getattr(torch, args.dtype))
     Device(pipe, device=args.device, memory="full")
+    if args.compile:
+        # a step of a small model is as short as the calls of the kernels, which the C++ wrapper makes
+        compile_blocks(pipe, **({"options": {"cpp_wrapper": True}} if args.device == "cpu" else {}))
     decode = pipe.decode
 
     def draw(request: Request, clock: Clock) -> tuple[Image.Image, Tensor]:
@@ -108,7 +112,13 @@ def main() -> None:
             del pipe.decode
         return image, kept[0]
 
-    serve(answers, draw, device=args.device, forget=pipe.conditioning.clear, counting=nullcontext())
+    serve(
+        answers,
+        draw,
+        device=args.device,
+        forget=pipe.conditioning.clear,
+        counting=lambda: torch.compiler.set_stance("force_eager"),  # compiled graphs hide their operations
+    )
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def serve(
     *,
     device: str,
     forget: Callable[[], None],
-    counting: AbstractContextManager[Any],
+    counting: Callable[[], AbstractContextManager[Any]],
 ) -> None:
     """Answer until the input ends.
 
@@ -72,10 +72,10 @@ def serve(
         answers: see `take_stdout`.
         draw: a picture and its last latents; marks "denoise" and "decode".
         forget: makes all caches cold.
-        counting: entered while operations are counted.
+        counting: what it gives is entered while operations are counted.
     """
     name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads of a CPU"
-    print(json.dumps({"device": name, "weights": _memory(device)}), file=answers)
+    print(json.dumps({"device": name, "weights": memory(device)}), file=answers)
     for line in sys.stdin:
         order = json.loads(line)
         if order["cold"]:
@@ -83,26 +83,26 @@ def serve(
         request = Request(order["steps"], seed=order["seed"])
         counter = CountOps()
         clock = Clock(device)
-        _reset_peak(device)
-        with counting if order["count"] else nullcontext(), counter if order["count"] else nullcontext():
+        reset_peak_memory(device)
+        with counting() if order["count"] else nullcontext(), counter if order["count"] else nullcontext():
             clock.mark("begin")
             image, latents = draw(request, clock)
             clock.mark("end")
         if order["save"]:
             np.savez(order["save"], image=np.array(image), latents=latents.float().cpu().numpy())
-        answer = {"phases": clock.phases(), "peak": _peak(device), "ops": counter.count}
+        answer = {"phases": clock.phases(), "peak": peak_memory(device), "ops": counter.count}
         print(json.dumps(answer), file=answers)
 
 
-def _memory(device: str) -> int:
+def memory(device: str) -> int:
     return torch.cuda.memory_allocated() if device == "cuda" else _status("VmRSS")
 
 
-def _peak(device: str) -> int:
+def peak_memory(device: str) -> int:
     return torch.cuda.max_memory_allocated() if device == "cuda" else _status("VmHWM")
 
 
-def _reset_peak(device: str) -> None:
+def reset_peak_memory(device: str) -> None:
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     else:
