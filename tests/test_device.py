@@ -18,7 +18,7 @@ from uso.model.checkpoints import load_pipeline
 from uso.model.devices import choose_device
 from uso.serve import device as device_module
 from uso.serve.device import MODES, Device, DeviceFault, OutOfMemory
-from uso.serve.work import Drawn, Work
+from uso.serve.work import Drawn, Progress, Work
 
 EXAMPLES = Path(__file__).parents[1] / "assets" / "examples"
 
@@ -46,6 +46,18 @@ def test_a_closed_run_waits_for_the_device() -> None:
     assert pipe.inside == 1
     run.close()
     assert pipe.inside == 0
+
+
+def test_previews_come_at_most_twice_a_second_and_the_drawing_waits_for_none() -> None:
+    drawn = threading.Event()
+    pipe = FakePipeline(lambda index: drawn.set() if index == 11 else time.sleep(0.1))
+    began = time.monotonic()
+    run = Device(pipe, device="cpu").run(work(num_steps=12), lambda: False)
+    next(run)
+    assert drawn.wait(20), "nobody takes the previews meanwhile"
+    seconds = time.monotonic() - began
+    previews = [event for event in run if isinstance(event, Progress) and event.preview]
+    assert 2 <= len(previews) <= 1 + seconds / device_module.PREVIEW_SECONDS
 
 
 @pytest.mark.parametrize(
