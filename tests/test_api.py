@@ -494,6 +494,8 @@ def test_a_full_disk_is_told_and_what_is_there_can_be_read(
     finally:
         with store.transaction() as db:
             db.execute("PRAGMA max_page_count = 1073741823")
+    while guarded.engine.waiting:
+        time.sleep(0.01)
     assert guarded.wait(guarded.run())["status"] == 10
 
     def fail(descriptor: int) -> None:
