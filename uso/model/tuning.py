@@ -20,6 +20,13 @@ logger = logging.getLogger(__name__)
 FUSED = {"to_qkv": ("to_q", "to_k", "to_v"), "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj")}
 
 
+class Fused(nn.Module):
+    """In a fused layer's place, so that peft refuses a LoRA on it, which would have no effect."""
+
+    def extra_repr(self) -> str:
+        return "fused with others: call unfuse_qkv_projections() before a LoRA is loaded"
+
+
 def fuse_qkv(transformer: FluxTransformer2DModel) -> None:
     """Replace q, k and v of each attention by one layer; the three are not kept.
 
@@ -31,7 +38,7 @@ def fuse_qkv(transformer: FluxTransformer2DModel) -> None:
             attention.fuse_projections()  # copies
             for fused, names in FUSED.items():
                 for name in names if hasattr(attention, fused) else ():
-                    delattr(attention, name)
+                    setattr(attention, name, Fused())
             attention.requires_grad_(False)
 
 
