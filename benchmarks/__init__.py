@@ -1,1 +1,1 @@
-"""Speed and memory, measured: against the official code, by mode, and the server under load."""
+"""Speed and memory, measured."""
