@@ -130,6 +130,7 @@ def test_nothing_said_to_the_api_is_its_fault(server: Server) -> None:
     assert ran.returncode == 0, ran.stdout[-8000:] + ran.stderr
 
 
+@pytest.mark.timeout(1200)
 def test_sigterm_while_one_is_drawn_and_streams_are_open(tmp_path: Path) -> None:
     """It ends in order, streams too, and the next process draws what waits."""
     with Server(tmp_path) as server, ThreadPoolExecutor(3) as watchers:
@@ -156,6 +157,7 @@ def test_sigterm_while_one_is_drawn_and_streams_are_open(tmp_path: Path) -> None
         assert {task["status"] for task in tasks.values()} == {10}
 
 
+@pytest.mark.timeout(1200)
 def test_a_hung_device_ends_the_process_and_the_next_one_draws(tmp_path: Path) -> None:
     with Server(tmp_path, environment={"USO_STEP_LIMIT": "0.0001"}) as server:
         with server.http() as client:
