@@ -7,17 +7,21 @@ import weakref
 from pathlib import Path
 from typing import Any
 
-import accelerate
 import pytest
 import torch
+from PIL import Image
 
 from tests.test_engine import FakePipeline
-from uso.errors import InputError
+from uso.errors import Cancelled, InputError
 from uso.images import open_image
+from uso.model import devices
 from uso.model.checkpoints import load_pipeline
-from uso.model.devices import choose_device
+from uso.model.devices import choose_device, pick_memory
+from uso.model.modes import MEMORY_MODES, Footprint, MemoryMode
+from uso.model.plans import published_components
+from uso.model.variants import DEV
 from uso.serve import device as device_module
-from uso.serve.device import MODES, Device, DeviceFault, OutOfMemory
+from uso.serve.device import Device, DeviceFault, OutOfMemory
 from uso.serve.work import Drawn, Progress, Work
 
 EXAMPLES = Path(__file__).parents[1] / "assets" / "examples"
@@ -60,26 +64,21 @@ def test_previews_come_at_most_twice_a_second_and_the_drawing_waits_for_none() -
     assert 2 <= len(previews) <= 1 + seconds / device_module.PREVIEW_SECONDS
 
 
-@pytest.mark.parametrize(
-    ("free_gb", "mode", "why"),
-    [(50, "full", "all 36.0 GB"), (30, "staged", "24.0 GB, fits"), (10, "offload", "24.0 GB, does not fit")],
-)
-def test_auto_takes_the_fastest_mode_that_fits(
-    monkeypatch: pytest.MonkeyPatch, free_gb: int, mode: str, why: str
-) -> None:
-    monkeypatch.setattr(device_module, "choose_device", torch.device)
-    monkeypatch.setattr(device_module, "tune", lambda transformer, device: None)
+@pytest.mark.parametrize(("free_gb", "mode"), [(50, "full"), (30, "staged"), (10, "offload")])
+def test_auto_looks_at_what_is_free(monkeypatch: pytest.MonkeyPatch, free_gb: int, mode: str) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free_gb * 10**9, 80 * 10**9))
-    pipe = FakePipeline()
-    for name, gigabytes in (("transformer", 24), ("text_encoder_2", 10), ("vae", 2)):
-        pipe.components[name] = torch.nn.Linear(1, 1, bias=False)
-        weights = torch.empty(gigabytes * 10**9, dtype=torch.uint8, device="meta")
-        pipe.components[name].weight = torch.nn.Parameter(weights, requires_grad=False)
-    device = Device(pipe, device="cuda")
-    assert (device.memory, pipe.placed) == (mode, [mode])
-    assert why in device.why
-    assert f"{free_gb}.0 GB are free" in device.why
-    assert Device(pipe, device="cuda", memory="offload").memory == "offload"
+    found = Footprint.of(published_components(DEV), itemsize=2)
+    cuda = torch.device("cuda")
+    chosen, why = pick_memory("auto", cuda, lambda: found)
+    assert chosen == mode
+    assert f"{free_gb}.0 GB are free" in why
+    assert pick_memory("offload", cuda, lambda: found) == ("offload", "as set")
+
+
+def test_where_there_is_one_memory_nothing_is_moved() -> None:
+    device = Device(FakePipeline(), device="cpu", memory="staged")
+    assert device.memory == "full"
+    assert device.why == "cpu has no memory of its own, staged would save nothing"
 
 
 @pytest.mark.parametrize("faults", [1, 2])
@@ -93,71 +92,172 @@ def test_out_of_memory_is_retried_once_in_the_next_mode(faults: int) -> None:
 
     pipe = FakePipeline(step)
     device = Device(pipe, device="cpu")
-    device.modes = MODES
+    device.modes = MEMORY_MODES
     if faults == 1:
         drawn = list(device.run(work(), lambda: False))[-1]
         assert drawn.notes == ["Memory ran out in mode full; drawn in mode staged, which is slower."]
         assert drawn.memory == "staged"
-        assert pipe.placed == ["full", "staged"]
     else:
         with pytest.raises(OutOfMemory, match="memory is too small"):
             list(device.run(work(), lambda: False))
-        assert pipe.placed == ["full", "staged", "full"]
+        assert device.memory == "full"
     before = device.memory
     assert list(device.run(work(), lambda: False))[-1].memory == before, "the next job starts where it worked"
 
 
+PICTURES: dict[str, Any] = {
+    "content_image": open_image(EXAMPLES / "fox.jpg"),
+    "style_images": (open_image(EXAMPLES / "delft-tile.jpg"),),
+}
+
+
 @pytest.fixture
-def nano(monkeypatch: pytest.MonkeyPatch) -> Any:
+def all_modes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU has one memory; here its copies stand for a GPU's."""
+    monkeypatch.setattr(devices, "memory_modes", lambda device: MEMORY_MODES)
+
+
+@pytest.fixture(scope="module")
+def lossless() -> Image.Image:
+    return drawn(Device(load_pipeline("nano"), device="cpu"), work(**PICTURES, num_steps=2)).image
+
+
+@pytest.mark.usefixtures("all_modes")
+@pytest.mark.parametrize("mode", ["staged", "offload"])
+def test_a_part_lies_on_the_device_while_it_runs(mode: MemoryMode, lossless: Image.Image) -> None:
+    """The picture is the same to the bit, and no more is there at once than the table says."""
     pipe = load_pipeline("nano")
+    homes = {name: part.data_ptr() for name, part in parameters(pipe).items()}
+    device = Device(pipe, device="cpu", memory=mode)
+    assert device.staging is not None
+    found, most = Footprint.of_pipeline(pipe), 0
 
-    def enable_sequential_cpu_offload(device: torch.device) -> None:
-        """As diffusers' own, which asks accelerate for "cpu:0"; it only knows the CPU as "cpu"."""
-        pipe.remove_all_hooks()
-        pipe._offload_device = device
-        for part in pipe.components.values():
-            if isinstance(part, torch.nn.Module):
-                accelerate.cpu_offload(part, device, offload_buffers=len(part._parameters) > 0)
+    def away() -> set[str]:
+        return {name for name, part in parameters(pipe).items() if part.data_ptr() != homes[name]}
 
-    monkeypatch.setattr(pipe, "enable_sequential_cpu_offload", enable_sequential_cpu_offload)
-    return pipe
+    def look(*_: Any) -> None:
+        nonlocal most
+        assert device.staging is not None
+        most = max(most, device.staging.bytes)
+        assert len({name.partition(".")[0] for name in away()}) == 1, "one part at a time"
+        assert not any("norm1.linear" in name or "norm.linear" in name for name in away())
+
+    hooks = [
+        module.register_forward_hook(look)
+        for module in pipe.transformer.modules()
+        if isinstance(module, torch.nn.Linear)
+    ]
+    hooks += [pipe.text_encoder_2.register_forward_hook(look), pipe.vae.decoder.register_forward_hook(look)]
+    assert drawn(device, work(**PICTURES, num_steps=2)).image.tobytes() == lossless.tobytes()
+    for hook in hooks:
+        hook.remove()
+    assert most == found.weights(mode)
+    assert not away(), "all are at home again"
+    assert device.staging.bytes == 0
 
 
-@pytest.mark.parametrize(("faults", "ends_in"), [(1, "staged"), (2, "offload")])
-def test_the_real_pipeline_falls_through_the_modes(nano: Any, faults: int, ends_in: str) -> None:
-    """On the CPU, where the modes move weights all the same: memory runs out in a step of the first pictures,
-    a mode later each; the last picture is the one that was to be."""
-    device = Device(nano, device="cpu")
-    pictures = {
-        "content_image": open_image(EXAMPLES / "fox.jpg"),
-        "style_images": (open_image(EXAMPLES / "delft-tile.jpg"),),
+def parameters(pipe: Any) -> dict[str, torch.Tensor]:
+    return {
+        f"{part}.{name}": parameter
+        for part, module in pipe.components.items()
+        if isinstance(module, torch.nn.Module)
+        for name, parameter in module.named_parameters()
     }
-    expected = drawn(device, work(**pictures))
-    assert (expected.memory, expected.notes) == ("full", [])
-    device.modes = MODES  # a CPU has one by itself
-    for mode, smaller in itertools.pairwise(MODES[: faults + 1]):
+
+
+@pytest.mark.usefixtures("all_modes")
+@pytest.mark.parametrize(("faults", "ends_in"), [(1, "staged"), (2, "offload")])
+def test_the_real_pipeline_falls_through_the_modes(faults: int, ends_in: str, lossless: Image.Image) -> None:
+    """Memory runs out in a step of the first pictures, a mode later each; the last one is as it was to be."""
+    pipe = load_pipeline("nano")
+    device = Device(pipe, device="cpu", memory="full")
+    asked = work(**PICTURES, num_steps=2)
+    for mode, smaller in itertools.pairwise(MEMORY_MODES[: faults + 1]):
         lost: list[weakref.ref[torch.Tensor]] = []
 
         def run_out(module: Any, args: Any, lost: list[Any] = lost) -> None:
             activations = torch.zeros(1000)
             lost.append(weakref.ref(activations))
-            if len(lost) == 3:  # in the third step
+            if len(lost) == 2:  # in the second step
                 raise torch.OutOfMemoryError("CUDA out of memory")
-            if len(lost) == 4:
-                assert lost[2]() is None, "what did not fit is still held"
+            if len(lost) == 3:
+                assert lost[1]() is None, "what did not fit is still held"
 
-        hook = nano.transformer.register_forward_pre_hook(run_out)
-        picture = drawn(device, work(**pictures))
+        hook = pipe.transformer.register_forward_pre_hook(run_out)
+        picture = drawn(device, asked)
         hook.remove()
-        assert len(lost) == 3 + 4
+        assert len(lost) == 2 + 2
         assert picture.memory == device.memory == smaller
         assert picture.notes == [f"Memory ran out in mode {mode}; drawn in mode {smaller}, which is slower."]
         assert device.why == f"memory ran out in mode {mode}"
-    following = drawn(device, work(**pictures))
+    following = drawn(device, asked)
     assert (following.memory, following.notes) == (ends_in, [])
-    assert following.image.tobytes() == expected.image.tobytes()
-    held = {p.device.type for p in nano.transformer.parameters()}
-    assert held == {"meta" if ends_in == "offload" else "cpu"}, "nothing stays on the device"
+    assert following.image.tobytes() == lossless.tobytes()
+    assert device.staging is not None
+    assert device.staging.bytes == 0, "nothing stays on the device"
+
+
+@pytest.mark.usefixtures("all_modes")
+def test_memory_that_ends_while_a_part_is_brought_is_freed(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = load_pipeline("nano")
+    device = Device(pipe, device="cpu", memory="offload")
+    assert device.staging is not None
+    homes = {name: part.data_ptr() for name, part in parameters(pipe).items()}
+    copies = [0]
+    to = torch.Tensor.to
+
+    def scarce(tensor: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        if options.get("copy") and isinstance(tensor, torch.nn.Parameter):
+            copies[0] += 1
+            if copies[0] == 7:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+        return to(tensor, *args, **options)
+
+    monkeypatch.setattr(torch.Tensor, "to", scarce)
+    with pytest.raises(OutOfMemory):
+        drawn(device, work(**PICTURES))
+    assert device.staging.bytes == 0
+    assert {name: part.data_ptr() for name, part in parameters(pipe).items()} == homes
+    drawn(device, work(**PICTURES, num_steps=1))
+
+
+@pytest.mark.usefixtures("all_modes")
+@pytest.mark.parametrize("mode", MEMORY_MODES)
+def test_turbo_leaves_blocks_out_and_no_trace(
+    mode: MemoryMode, lossless: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same picture each time, after a cancel and after another size too; without turbo as ever."""
+    monkeypatch.setattr(device_module, "TURBO_THRESHOLD", 0.3)  # few steps differ more than many
+    pipe = load_pipeline("nano")
+    device = Device(pipe, device="cpu", memory=mode, turbo=True)
+    last_block = pipe.transformer.single_transformer_blocks[-1]
+    runs: list[int] = []
+    hook = last_block.attn.register_forward_hook(lambda *_: runs.append(1))
+    asked = work(**PICTURES, num_steps=12)
+    first = drawn(device, asked).image
+    assert 1 < len(runs) < 12, "some steps reuse the blocks' effect"
+    cancelling = device.run(asked, lambda: len(runs) > 3)
+    runs.clear()
+    with pytest.raises(Cancelled):
+        list(cancelling)
+    drawn(device, work(num_steps=3))
+    assert drawn(device, asked).image.tobytes() == first.tobytes()
+    hook.remove()
+    pipe.transformer.disable_cache()
+    pipe.remove_all_hooks()
+    plain = drawn(Device(pipe, device="cpu", memory="full"), work(**PICTURES, num_steps=2))
+    assert plain.image.tobytes() == lossless.tobytes()
+
+
+@pytest.mark.usefixtures("all_modes")
+def test_modes_and_quantization_work_together() -> None:
+    """The same picture in each memory mode: quantized weights, the modulation at home, blocks left out."""
+    pictures = set()
+    for mode in MEMORY_MODES:
+        pipe = load_pipeline("nano", quantization="int4")
+        device = Device(pipe, device="cpu", memory=mode, turbo=True)
+        pictures.add(drawn(device, work(**PICTURES, num_steps=3)).image.tobytes())
+    assert len(pictures) == 1
 
 
 def drawn(device: Device, work: Work) -> Drawn:

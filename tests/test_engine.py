@@ -33,7 +33,6 @@ class FakePipeline:
 
     def __init__(self, step: Callable[[int], None] = lambda index: None) -> None:
         self.step = step
-        self.placed: list[str] = []
         self.inside = self.most_inside = 0
         self._interrupt = False
         self.transformer = FakeTransformer()
@@ -74,23 +73,15 @@ class FakePipeline:
     def encode_content(self, image: Image.Image, **rest: Any) -> torch.Tensor:
         return torch.rand(1, 16, image.height // 8, image.width // 8)
 
-    def to(self, device: Any) -> None:
-        self.placed.append("full")
-
-    def enable_model_cpu_offload(self, device: Any) -> None:
-        self.placed.append("staged")
-
-    def enable_sequential_cpu_offload(self, device: Any) -> None:
-        self.placed.append("offload")
-
-    def nothing(self, **rest: Any) -> None:
+    def nothing(self, *args: Any, **rest: Any) -> None:
         pass
 
-    set_progress_bar_config = remove_all_hooks = maybe_free_model_hooks = nothing
+    set_progress_bar_config = remove_all_hooks = to = nothing
 
 
 class FakeTransformer(torch.nn.Module):
     dtype = torch.float32
+    is_cache_enabled = False
     config = SimpleNamespace(num_attention_heads=2, attention_head_dim=8, num_layers=1, num_single_layers=1)
 
     def __init__(self) -> None:

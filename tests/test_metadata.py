@@ -24,7 +24,13 @@ REQUEST = parse_request(
 )
 HASHES = {"content_image": "ab" * 32}
 PARAMETERS = describe(
-    REQUEST, width=1024, height=768, seed=3407, model="flux-dev, uso 1.0", image_sha256=HASHES
+    REQUEST,
+    width=1024,
+    height=768,
+    seed=3407,
+    model="flux-dev, uso 1.0",
+    image_sha256=HASHES,
+    lossy={"quantize": "int8", "turbo": True},
 )
 
 
@@ -44,6 +50,7 @@ def test_description_is_complete_and_keeps_no_places():
     assert (PARAMETERS["seed"], PARAMETERS["width"], PARAMETERS["height"]) == (3407, 1024, 768)
     assert PARAMETERS["image_sha256"] == HASHES
     assert PARAMETERS["software"] == f"uso {uso.__version__}"
+    assert (PARAMETERS["quantize"], PARAMETERS["turbo"]) == ("int8", True)
 
 
 def test_round_trip(tmp_path):
@@ -81,7 +88,7 @@ def test_text_for_people_and_other_tools():
 
 def test_longest_prompt_fits(tmp_path):
     request = parse_request({"prompt": "😀" * 4096})
-    parameters = describe(request, width=512, height=512, seed=0, model="nano", image_sha256={})
+    parameters = describe(request, width=512, height=512, seed=0, model="nano", image_sha256={}, lossy={})
     save_png(Image.new("RGB", (16, 16)), tmp_path / "a.png", parameters)
     assert read_parameters(tmp_path / "a.png")["prompt"] == request.prompt
 

@@ -3,6 +3,7 @@
 import dataclasses
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from uso.errors import InputError
+from uso.model.checkpoints import load_pipeline
 from uso.model.modes import (
     GB,
     MEMORY_MODES,
@@ -22,8 +25,11 @@ from uso.model.modes import (
     tensors,
 )
 from uso.model.plans import autoencoder_plan, published_components, transformer_plan
+from uso.model.quantize import quantize
 from uso.model.variants import DEV
 from uso.settings import Settings
+
+GOLDENS = Path(__file__).parent / "goldens"
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +50,7 @@ def test_the_table_has_a_row_for_each_setting() -> None:
 
 @pytest.mark.parametrize(
     ("quantize", "full", "staged", "offload"),
-    [("none", 35.5, 17.31, 1.71), ("int8", 22.3, 8.73, 1.71), ("int4", 16.4, 4.94, 1.71)],
+    [("none", 35.5, 17.31, 1.71), ("int8", 22.3, 8.73, 1.71), ("int4", 16.89, 4.94, 1.71)],
 )
 def test_weights_on_the_device_at_full_size(
     published: dict[str, Any], quantize: Quantization, full: float, staged: float, offload: float
@@ -158,3 +164,42 @@ def test_larger_pictures_take_more(published: dict[str, Any]) -> None:
     peaks = [found.peak("staged", picture) for picture in sizes]
     assert peaks == sorted(set(peaks))
     assert found.peak("staged", turbo=True) > found.peak("staged")
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_quantized_weights_take_the_bytes_of_the_table(kind: Quantization, dtype: torch.dtype) -> None:
+    expected = Footprint.of(load_pipeline("nano", torch_dtype=dtype).components, quantize=kind)
+    pipe = load_pipeline("nano", torch_dtype=dtype, quantization=kind)
+    assert Footprint.of_pipeline(pipe).parts == expected.parts
+    before = Footprint.of_pipeline(load_pipeline("nano", torch_dtype=dtype))
+    assert expected.parts["transformer"].staged < 0.6 * before.parts["transformer"].staged
+    modulation = modulation_layers(pipe.transformer)
+    assert {layer.weight.dtype for layer in modulation} == {dtype}
+    assert not any("sdnq" in type(layer).__name__.lower() for layer in modulation)
+
+
+@pytest.mark.parametrize(("kind", "limit"), [("int8", 0.03), ("int4", 0.2)])
+def test_a_quantized_model_predicts_nearly_the_same(kind: Quantization, limit: float) -> None:
+    """With the official LoRA merged before; the relative error of the prediction is not zero, and bounded."""
+    predictions = []
+    for quantization in ("none", kind):
+        pipe = load_pipeline("nano", quantization=quantization)  # type: ignore[arg-type]
+        pipe.set_progress_bar_config(disable=True)
+        noise = torch.Generator().manual_seed(1)
+        drawn = pipe(
+            "a fox", width=512, height=512, num_inference_steps=1, generator=noise, output_type="latent"
+        )
+        predictions.append(drawn.images)
+    lossless, lossy = predictions
+    assert 0 < ((lossy - lossless).norm() / lossless.norm()).item() < limit
+
+
+def test_quantization_needs_the_lora_merged() -> None:
+    with pytest.raises(ValueError, match="needs the LoRA merged"):
+        load_pipeline(GOLDENS / "weights", fuse_lora=False, quantization="int8")
+
+
+def test_quantization_is_refused_where_it_was_not_tried() -> None:
+    with pytest.raises(InputError, match="has not been tried on mps"):
+        quantize(None, "int8", device=torch.device("mps"))

@@ -28,6 +28,8 @@ OUR_NAMES = [
     "USO_AUTH",
     "USO_NO_PASSWORD",
     "USO_MEMORY",
+    "USO_QUANTIZE",
+    "USO_TURBO",
     "USO_QUEUE_LIMIT",
     "USO_STEP_LIMIT",
     "USO_MAX_ATTEMPTS",

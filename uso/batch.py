@@ -57,13 +57,14 @@ class Plan:
     """Pictures to make, pictures that are there already, and what is wrong (then nothing is to be made).
 
     `flags` (field -> value) hold for what an entry of a batch file leaves out; `model` is the name that goes
-    into the pictures' parameters.
+    into the pictures' parameters, as do the `lossy` settings.
     """
 
     flags: Mapping[str, Any]
     num_images: int
     model: str
     overwrite: bool
+    lossy: Mapping[str, Any] = field(default_factory=dict)
     jobs: list[Job] = field(default_factory=list)
     done: list[Job] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -137,6 +138,7 @@ class Plan:
             seed=request.seed,
             model=self.model,
             image_sha256=hashes,
+            lossy=self.lossy,
         )
         return Job(origin, request, output, parameters, sizes, target.note)
 

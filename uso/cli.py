@@ -72,6 +72,18 @@ def build_parser() -> argparse.ArgumentParser:
         "(default: USO_MODEL, else nano).",
     )
     model.add_argument("--device", help="auto, cpu, mps, cuda or cuda:N (default: USO_DEVICE, else auto).")
+    model.add_argument(
+        "--memory",
+        help="auto, full, staged or offload: what lies on the GPU (default: USO_MEMORY, else auto).",
+    )
+    model.add_argument(
+        "--quantize",
+        help="none, int8 or int4: a smaller, less exact model (default: USO_QUANTIZE, else none).",
+    )
+    model.add_argument(
+        "--turbo", action=argparse.BooleanOptionalAction,
+        help="Leave out what changes little from step to step: faster, less exact (USO_TURBO).",
+    )  # fmt: skip
 
     def add(name: str, command: Callable[[argparse.Namespace], int], help: str, *parents: _Parser) -> _Parser:
         parents = (*parents, common)
@@ -173,7 +185,7 @@ def _settings(args: argparse.Namespace) -> "Settings":
     from uso.settings import Settings, get_settings
 
     environment = get_settings()
-    names = ["model", "device", "host", "port", "share", "auth", "no_password"]
+    names = ["model", "device", "memory", "quantize", "turbo", "host", "port", "share", "auth", "no_password"]
     names += ["require_keys", "allow_loopback_urls"]
     given = {name: value for name in names if (value := getattr(args, name, None)) is not None}
     try:
@@ -193,6 +205,7 @@ def generate(args: argparse.Namespace) -> int:
         num_images=args.num_images,
         model=Path(settings.model).expanduser().resolve().name,  # of a folder, only its name is told
         overwrite=args.overwrite,
+        lossy=settings.lossy,
     )
     if args.batch:
         plan.add_batch(args.batch, args.output or Path("output"))
@@ -268,7 +281,7 @@ def load_device(settings: "Settings", say: Callable[[str], None]) -> "Device":
 
     choose_device(settings.device)  # before gigabytes are read
     pipe = load_pipeline(settings.model, settings=settings, progress=lambda text, fraction: say(text))
-    return Device(pipe, device=settings.device)
+    return Device(pipe, device=settings.device, memory=settings.memory, turbo=settings.turbo)
 
 
 def work_of(job: Job, pictures: Mapping[str, "Image.Image"]) -> Work:

@@ -5,10 +5,10 @@ The checks are those of `load_pipeline`, made on the headers of the files: no te
 
 import math
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import psutil
 import torch
@@ -22,9 +22,18 @@ from uso.model.checkpoints import (
     require_our_folder,
     require_tokenizer,
 )
-from uso.model.devices import choose_device
-from uso.model.plans import COMPONENTS, component_plan, official_plan
+from uso.model.devices import choose_device, pick_memory
+from uso.model.modes import MEMORY_MODES, QUANTIZATIONS, TABLE, Footprint, Quantization
+from uso.model.plans import (
+    COMPONENTS,
+    ENCODERS,
+    component_plan,
+    encoder_plan,
+    official_plan,
+    published_components,
+)
 from uso.model.sources import (
+    DIFFUSERS_INDEX,
     GB,
     NANO,
     Located,
@@ -39,7 +48,7 @@ from uso.model.sources import (
     tokenizer_folder,
 )
 from uso.model.variants import APACHE, FluxVariant
-from uso.model.weights import Plan, Weights, match, open_weights
+from uso.model.weights import Plan, Weights, match, open_weights, read_json
 from uso.settings import Settings, get_settings
 
 Origin = Literal["file", "hub cache", "hub", "missing"]
@@ -77,6 +86,7 @@ class Report:
         rows: the parts of the chosen source.
         machine: device and memory, one fact a line.
         plan: what would run.
+        modes: the table of modes, a line a row.
         problems: what stands in the way, each with what to do.
     """
 
@@ -84,6 +94,7 @@ class Report:
     machine: list[str]
     plan: str
     problems: list[str]
+    modes: list[str] = field(default_factory=list)
 
     @property
     def exit_code(self) -> int:
@@ -95,12 +106,17 @@ class Report:
         for row in self.rows:
             size = f"{row.size / GB:.2f} GB" if row.size >= GB / 10 else f"{row.size / 1e6:.1f} MB"
             table.append((row.name, size, row.licence, row.origin, str(row.path or "-")))
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in table] if self.rows else []
+        lines = _aligned(table) if self.rows else []
+        modes = ["", *self.modes] if self.modes else []
         verdict = ["It would not run:", *(f"- {problem}" for problem in self.problems)]
         return "\n".join(
-            [*lines, "", *self.machine, self.plan, "", *(verdict if self.problems else ["Ready."])]
+            [*lines, "", *self.machine, self.plan, *modes, "", *(verdict if self.problems else ["Ready."])]
         )
+
+
+def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in table]
 
 
 def report(source: str | None = None, *, settings: Settings | None = None) -> Report:
@@ -136,7 +152,51 @@ def report(source: str | None = None, *, settings: Settings | None = None) -> Re
     later = f", after a download of {download / GB:.1f} GB" if download else ""
     kind = str(dtype).removeprefix("torch.")
     plan = f"model: {located.name} in {kind} on {device}, {need / GB:.2g} GB of weights{later}"
-    return Report(rows, _machine(), plan, problems)
+    modes = [] if any(row.problem for row in rows) else _modes(located, rows, dtype, device, settings)
+    return Report(rows, _machine(), plan, problems, modes)
+
+
+def _modes(
+    located: Located, rows: list[Row], dtype: torch.dtype, device: torch.device, settings: Settings
+) -> list[str]:
+    """What each mode would need here, and which memory mode would be taken."""
+    components, numbers = _components(located, {row.name: row.path for row in rows if row.path})
+
+    def footprint(quantize: Quantization = settings.quantize) -> Footprint:
+        return Footprint.of(components, itemsize=dtype.itemsize, quantize=quantize, **numbers)
+
+    memory, why = pick_memory(settings.memory, device, footprint)
+    needs: dict[str, int] = {}
+    for mode in MEMORY_MODES:
+        needs[mode] = footprint().peak(mode, turbo=settings.turbo)
+    for kind in QUANTIZATIONS:
+        needs[kind] = footprint(kind).peak(memory, turbo=settings.turbo)
+    needs["turbo"] = footprint().peak(memory, turbo=True)
+    table = [("mode", "GB", "flag", "on", "what it does", "difference")]
+    for row in TABLE:
+        table.append((row.name, f"{needs[row.name] / GB:.2f}", row.flag, row.needs, row.recipe, row.loss))
+    return [
+        "the device's memory for a 1024x1024 picture of a subject in a style, other settings as they are:",
+        *_aligned(table),
+        f"here: {memory}, since {why}",
+    ]
+
+
+def _components(located: Located, paths: Mapping[str, Path]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The model's parts on meta, and the numbers of its pipeline that `Footprint` asks for."""
+    if folder := located.diffusers_folder:
+        components = {name: component_plan(name, folder).model for name in COMPONENTS}
+        components["text_encoder_2"].tie_weights()
+        index = read_json(folder / DIFFUSERS_INDEX)
+        names = {
+            "native_scale": "native_scale",
+            "native_side": "native_side",
+            "text_tokens": "max_sequence_length",
+        }
+        return components, {name: index[key] for name, key in names.items() if key in index}
+    assert located.variant is not None  # only a diffusers folder has none
+    known = {name: encoder_plan(name, paths[name]).model for name in ENCODERS if name in paths}
+    return published_components(located.variant, known), {}
 
 
 def _inspect_all(located: Located, settings: Settings) -> list[Row]:

@@ -27,11 +27,13 @@ def describe(
     seed: int,
     model: str,
     image_sha256: Mapping[str, str],
+    lossy: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The parameters of a picture as it was made, for `save_png`.
 
     Every field of the request with the size and seed really used, the model's name and version, and for each
-    picture its hash (`image_sha256`: field -> hex) instead of its place, which may hold secrets.
+    picture its hash (`image_sha256`: field -> hex) instead of its place, which may hold secrets. `lossy`: the
+    settings that made it differ from what the model draws (`Settings.lossy`).
     """
     fields = request.model_dump(exclude=set(_IMAGE_FIELDS))
     used = {"width": width, "height": height, "seed": seed}
@@ -40,6 +42,7 @@ def describe(
         **used,
         "image_sha256": dict(image_sha256),
         "model": model,
+        **lossy,
         "software": f"uso {__version__}",
     }
 

@@ -86,6 +86,12 @@ class Settings(BaseSettings):
     allow_loopback_urls: bool = Field(default=False, validation_alias="USO_ALLOW_LOOPBACK_URLS")
     webhook_secret: SecretStr | None = Field(default=None, validation_alias="USO_WEBHOOK_SECRET")
 
+    @property
+    def lossy(self) -> dict[str, Any]:
+        """Those that change the picture, where they are not as usual; for its parameters."""
+        usual = {"quantize": "none", "turbo": False}
+        return {name: value for name in usual if (value := getattr(self, name)) != usual[name]}
+
     @field_validator("*", mode="before")
     @classmethod
     def _blank_is_unset(cls, value: Any, info: Any) -> Any:

@@ -12,8 +12,11 @@ import torch
 from transformers import CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
 from uso.errors import CheckpointError
+from uso.model.devices import choose_device
+from uso.model.modes import Quantization
 from uso.model.pipeline import USOPipeline
 from uso.model.plans import COMPONENTS, component_plan, official_plan
+from uso.model.quantize import quantize
 from uso.model.scheduler import USOFlowMatchEulerScheduler
 from uso.model.sources import (
     DIFFUSERS_INDEX,
@@ -44,6 +47,7 @@ def load_pipeline(
     settings: Settings | None = None,
     torch_dtype: torch.dtype | None = None,
     fuse_lora: bool = True,
+    quantization: Quantization | None = None,
     progress: Progress | None = None,
 ) -> USOPipeline:
     """A pipeline on the CPU; `pipe.to(device)` moves it.
@@ -55,6 +59,7 @@ def load_pipeline(
             is float32 always, as in the official code.
         fuse_lora: merge USO's LoRA into the transformer. False keeps it as the adapter "uso", which
             `save_pretrained` does not save. Without effect on a diffusers folder.
+        quantization: of transformer and T5: "int8", "int4" or "none"; default: the settings'.
         progress: called with what is being done and the fraction done, in [0, 1]; downloads and loading count
             for themselves.
 
@@ -68,17 +73,30 @@ def load_pipeline(
         raise ValueError(
             f"`torch_dtype` must be torch.bfloat16 or torch.float32 (T5 overflows in float16), got {dtype}"
         )
+    kind = quantization or settings.quantize
+    if kind != "none" and not fuse_lora:
+        raise ValueError("`quantization` needs the LoRA merged: leave out `fuse_lora=False`")
     report = progress or (lambda text, fraction: None)
+    pipe = _load(located, dtype=dtype, fuse_lora=fuse_lora, progress=report, settings=settings)
+    if kind != "none":
+        report(f"Quantizing to {kind}", 1.0)
+        quantize(pipe, kind, device=choose_device(settings.device))
+    return pipe
+
+
+def _load(
+    located: Located, *, dtype: torch.dtype, fuse_lora: bool, progress: Progress, settings: Settings
+) -> USOPipeline:
     if located.diffusers_folder:
-        return _load_diffusers_folder(located.diffusers_folder, dtype=dtype, progress=report)
+        return _load_diffusers_folder(located.diffusers_folder, dtype=dtype, progress=progress)
     if not located.hub:
         require_complete(located)
     paths = dict(located.paths)
     for i, part in enumerate(located.missing):
-        report(f"Downloading {part.name} from {part.repo}", i / len(located.missing))
+        progress(f"Downloading {part.name} from {part.repo}", i / len(located.missing))
         paths[part.name] = download(part, settings)
     assert located.variant is not None  # only a diffusers folder has none
-    return _load_official(located.variant, paths, dtype=dtype, fuse_lora=fuse_lora, progress=report)
+    return _load_official(located.variant, paths, dtype=dtype, fuse_lora=fuse_lora, progress=progress)
 
 
 def default_dtype(located: Located, settings: Settings) -> torch.dtype:

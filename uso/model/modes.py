@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 MemoryMode = Literal["full", "staged", "offload"]
 Quantization = Literal["none", "int8", "int4"]
 MEMORY_MODES: tuple[MemoryMode, ...] = get_args(MemoryMode)  # from fast and large to slow and small
+QUANTIZATIONS: tuple[Quantization, ...] = get_args(Quantization)
 
 GB = 1e9
 TOKEN_PIXELS = 16 * 16  # of a picture, see `uso.model.geometry`
@@ -233,18 +234,22 @@ def tensors(module: Any) -> list[Any]:
     return [*module.parameters(), *module.buffers()]
 
 
-def quantized_layers(component: Any) -> list[Any]:
-    """The blocks' linear layers, but for the modulation, which runs once a picture, and the smallest."""
-    kept = modulation_layers(component)
-    layers = (layer for block in blocks(component) for layer in block.modules())
-    return [
-        layer
-        for layer in layers
-        if isinstance(getattr(layer, "in_features", None), int)
+def quantized_layers(component: Any, quantize: Quantization) -> dict[str, tuple[Any, Quantization]]:
+    """The layers that take quantization, by name, each with its kind.
+
+    The linear ones of the blocks, but for the modulation, which runs once a picture, and the smallest. T5
+    casts to the type of `wo.weight`, of which transformers knows int8 alone to be none of numbers.
+    """
+    inside = {layer for block in blocks(component) for layer in block.modules()}
+    taken = inside - {*modulation_layers(component)}
+    return {
+        name: (layer, "int8" if name.endswith(".wo") and quantize != "none" else quantize)
+        for name, layer in component.named_modules()
+        if layer in taken
+        and isinstance(getattr(layer, "in_features", None), int)
         and layer.in_features >= 32
         and layer.weight.numel() >= 16384
-        and layer not in kept
-    ]
+    }
 
 
 def _part(component: Any, *, large: bool, itemsize: int | None, quantize: Quantization) -> Part:
@@ -253,8 +258,8 @@ def _part(component: Any, *, large: bool, itemsize: int | None, quantize: Quanti
 
     sizes = {tensor: tensor.numel() * number(tensor) for tensor in tensors(component)}
     if large and quantize != "none":
-        for layer in quantized_layers(component):
-            sizes[layer.weight] = _quantized(layer, number(layer.weight), quantize)
+        for layer, kind in quantized_layers(component, quantize).values():
+            sizes[layer.weight] = _quantized(layer, number(layer.weight), kind)
     weights = sum(sizes.values())
     if not large:
         return Part(weights, weights, weights)
@@ -266,7 +271,7 @@ def _part(component: Any, *, large: bool, itemsize: int | None, quantize: Quanti
 
 def _quantized(layer: Any, itemsize: int, quantize: Quantization) -> int:
     """Bytes of a matrix: its numbers, and of each group of columns a scale, for int4 an offset too."""
-    bits, group, extra = (8, 1024, 4) if quantize == "int8" else (4, 64, 2 * itemsize)
+    bits, group, extra = (8, 1024, itemsize) if quantize == "int8" else (4, 64, 2 * itemsize)
     columns = layer.in_features
     groups = next((n for n in range(columns // group, 1, -1) if columns % n == 0), 1)
     return layer.out_features * (columns * bits // 8 + groups * extra)

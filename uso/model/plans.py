@@ -194,10 +194,13 @@ def official_plan(name: str, variant: FluxVariant, paths: Mapping[str, Path], we
     return plan
 
 
-def published_components(variant: FluxVariant) -> dict[str, Any]:
-    """USO on `variant` as published, on the meta device, by the names of `COMPONENTS`. No file is needed."""
+def published_components(variant: FluxVariant, known: Mapping[str, Any] = {}) -> dict[str, Any]:
+    """USO on `variant`, on the meta device, by the names of `COMPONENTS`.
+
+    The encoders are those that are `known`, by the names of `ENCODERS`, the others as published.
+    """
     encoders = {
-        name: _on_meta(model_class, model_class.config_class(**PUBLISHED_ENCODERS[name]))
+        name: known.get(name) or _on_meta(model_class, model_class.config_class(**PUBLISHED_ENCODERS[name]))
         for name, model_class in ENCODERS.items()
     }
     encoders["t5"].tie_weights()

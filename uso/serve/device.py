@@ -17,26 +17,27 @@ import time
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
+from diffusers import FirstBlockCacheConfig
 from PIL import Image
 from torch import Tensor
 
 from uso.errors import Cancelled, USOError
 from uso.images import OWN_SIZE_MAX, with_long_side
-from uso.model.devices import choose_device
+from uso.model import devices
 from uso.model.geometry import unpack_latents
-from uso.model.modes import Footprint, Picture
+from uso.model.modes import Footprint, MemoryMode, Picture
 from uso.model.tuning import compile_blocks, tune, uncompile_blocks
 from uso.serve.cost import Demand
+from uso.serve.staging import Staging
 from uso.serve.work import Drawn, Event, Phase, Progress, Sizes, Work
 
-MemoryMode = Literal["full", "staged", "offload"]
-MODES: tuple[MemoryMode, ...] = ("full", "staged", "offload")  # from fast and large to slow and small
-# bytes kept free for what a step of 1536x1536 with three pictures needs besides weights
-ACTIVATIONS = 4 * 10**9
+# turbo: how little the first block's effect must change, relative to the last step's, for the others to be
+# left out of a step
+TURBO_THRESHOLD = 0.1
 PREVIEW_SECONDS = 0.5
 FIT_SIDE = 128  # pixels of the picture that previews' colours are fitted to
 
@@ -55,24 +56,33 @@ class Device:
     Args:
         pipe: a `USOPipeline` on the CPU.
         device: "auto" takes CUDA, then MPS, then the CPU; else a torch device.
-        memory: "full" (all parts on the device), "staged" (encoders, then transformer, then VAE), "offload"
-            (layer by layer), or "auto". On a CPU there is one memory, so it is always "full".
+        memory: a memory mode of `uso.model.modes`, or "auto". Where there is one memory, it is always "full".
+        turbo: leave out the blocks in steps that change little. Lossy.
         step_limit: seconds without any sign of life after which the device counts as hung.
     """
 
     def __init__(
-        self, pipe: Any, *, device: str = "auto", memory: str = "auto", step_limit: float = 600.0
+        self,
+        pipe: Any,
+        *,
+        device: str = "auto",
+        memory: str = "auto",
+        turbo: bool = False,
+        step_limit: float = 600.0,
     ) -> None:
         self.pipe = pipe
-        self.device = choose_device(device)
+        self.device = devices.choose_device(device)
+        self.turbo = turbo
         self.step_limit = step_limit
-        # elsewhere there is one memory, and nothing to move
-        self.modes = MODES if self.device.type == "cuda" else MODES[:1]
+        self.modes = devices.memory_modes(self.device)
+        self.staging: Staging | None = None
         pipe.set_progress_bar_config(disable=True)
-        self.memory, self.why = self._choose_memory(memory)
+        self.memory, self.why = devices.pick_memory(memory, self.device, lambda: self.footprint)
         tune(pipe.transformer, self.device)
         self._place(self.memory)
         self._latent_to_rgb = fit_latent_to_rgb(pipe, self.device)
+        if self.staging:
+            self.staging.release()
 
     @cached_property
     def footprint(self) -> Footprint:
@@ -83,8 +93,11 @@ class Device:
         """What seconds and memory depend on beside the picture and the model."""
         cuda = self.device.type == "cuda"
         kind = torch.cuda.get_device_name(self.device) if cuda else f"{self.device.type} {platform.machine()}"
+        quantized = getattr(self.pipe.transformer, "quantization_config", None)
         dtype = str(self.pipe.transformer.dtype).removeprefix("torch.")
-        return f"{kind}, {torch.get_num_threads()} threads, {dtype}, {self.memory}"
+        weights = f"{quantized.weights_dtype} in {dtype}" if quantized else dtype
+        turbo = ", turbo" if self.turbo else ""
+        return f"{kind}, {torch.get_num_threads()} threads, {weights}, {self.memory}{turbo}"
 
     def demand(self, work: Work, sizes: Sizes) -> Demand:
         """What a picture asks of the model; `work` need not hold the pictures that `sizes` tells of."""
@@ -102,14 +115,16 @@ class Device:
             blocks=transformer.num_layers + transformer.num_single_layers,
         )
         megapixels = self.pipe.native_size(work.width) * self.pipe.native_size(work.height) / 1e6
-        memory = self.footprint.peak(self.memory, picture)
+        memory = self.footprint.peak(self.memory, picture, turbo=self.turbo)
         return Demand(work.num_steps, flop / 1e12, len(sizes), megapixels, memory)
 
     def compile(self) -> None:
         """Compile the transformer where that pays; takes a minute, so it is for who draws many pictures."""
-        # blocks that are streamed have hooks: each would be a graph of its own
-        if self.device.type == "cuda" and self.memory != "offload":
+        # blocks that are streamed, or left out, have hooks: each would be a graph of its own
+        if self.device.type == "cuda" and self.memory != "offload" and not self.turbo:
             compile_blocks(self.pipe)
+            if self.staging:
+                self.staging.release()
 
     def run(
         self, work: Work, cancelled: Callable[[], bool], *, keep: Callable[[], bool] = lambda: False
@@ -193,30 +208,25 @@ class Device:
         Image.fromarray(pixels).save(jpeg, format="JPEG", quality=80)
         return "data:image/jpeg;base64," + base64.b64encode(jpeg.getvalue()).decode()
 
-    def _choose_memory(self, memory: str) -> tuple[MemoryMode, str]:
-        if self.device.type != "cuda":
-            return "full", f"{self.device.type} has no memory of its own"
-        if memory != "auto":
-            return MODES[MODES.index(memory)], "as set"
-        sizes = [_bytes(part) for part in self.pipe.components.values() if isinstance(part, torch.nn.Module)]
-        free, _ = torch.cuda.mem_get_info(self.device)
-        room = f"{free / 1e9:.1f} GB are free"
-        if sum(sizes) + ACTIVATIONS <= free:
-            return "full", f"all {sum(sizes) / 1e9:.1f} GB of weights fit, {room}"
-        if max(sizes) + ACTIVATIONS <= free:
-            return "staged", f"the largest part, {max(sizes) / 1e9:.1f} GB, fits alone, {room}"
-        return "offload", f"the largest part, {max(sizes) / 1e9:.1f} GB, does not fit, {room}"
+    @property
+    def placement(self) -> str:
+        """Where it computes and why so, in one line."""
+        return f"{self.device.type}, memory mode {self.memory}: {self.why}"
 
     def _place(self, memory: MemoryMode) -> None:
+        if self.pipe.transformer.is_cache_enabled:
+            self.pipe.transformer.disable_cache()
         self.pipe.remove_all_hooks()
         if memory == "offload":
             uncompile_blocks(self.pipe.transformer)
         if memory == "full":
+            self.staging = None
             self.pipe.to(self.device)
-        elif memory == "staged":
-            self.pipe.enable_model_cpu_offload(device=self.device)
         else:
-            self.pipe.enable_sequential_cpu_offload(device=self.device)
+            self.pipe.to("cpu")
+            self.staging = Staging(self.pipe, self.device, by_blocks=memory == "offload")
+        if self.turbo:  # last, so that the weights of blocks left out are not brought
+            self.pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=TURBO_THRESHOLD))
         self.memory = memory
 
     def _free(self) -> None:
@@ -261,6 +271,8 @@ class _Drawing:
         finally:
             for hook in hooks:
                 hook.remove()
+            if self.device.staging:
+                self.device.staging.release()
 
     def _call(self) -> Image.Image:
         work = self.work
@@ -372,13 +384,8 @@ def fit_latent_to_rgb(pipe: Any, device: torch.device) -> tuple[Tensor, Tensor]:
     image = Image.fromarray(colours).resize((FIT_SIDE, FIT_SIDE), Image.Resampling.BICUBIC)
     encoded = pipe.encode_content(image, content_long_size=FIT_SIDE, device=device)
     latents = encoded[0].float().cpu()  # (1, 16, h, w) -> (16, h, w)
-    pipe.maybe_free_model_hooks()
     small = np.asarray(image.resize(latents.shape[:0:-1], Image.Resampling.BOX), dtype=np.float32)
     rgb = torch.from_numpy(small / 127.5 - 1).flatten(0, 1)  # (h, w, 3) -> (h * w, 3)
     inputs = torch.cat([latents.flatten(1).T, torch.ones(len(rgb), 1)], dim=1)  # (h * w, 17)
     factors = torch.linalg.lstsq(inputs, rgb).solution
     return factors[:-1], factors[-1]
-
-
-def _bytes(module: torch.nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in [*module.parameters(), *module.buffers()])

@@ -152,6 +152,7 @@ class Engine:
         queue_limit: jobs that may wait.
         max_attempts: how often a job is begun, when the server ends while it runs.
         device, memory, step_limit: see `uso.serve.device.Device`.
+        lossy: `Settings.lossy`.
     """
 
     def __init__(
@@ -165,12 +166,16 @@ class Engine:
         device: str = "auto",
         memory: str = "auto",
         step_limit: float = 600.0,
+        lossy: Mapping[str, Any] = {},
     ) -> None:
         self.model = model
         self.queue_limit = queue_limit
         self.max_attempts = max_attempts
         self._load_pipeline = load
-        self._placement: dict[str, Any] = {"device": device, "memory": memory, "step_limit": step_limit}
+        self._lossy = dict(lossy)
+        self._placement: dict[str, Any] = {
+            "device": device, "memory": memory, "step_limit": step_limit, "turbo": "turbo" in lossy,
+        }  # fmt: skip
         self._device: Any = None
         self._status = Status()
         if files is None:
@@ -435,11 +440,10 @@ class Engine:
             logger.exception("The model could not be loaded")
             self._give_up(f"The model could not be loaded. {_sentence(error)}")
             return False
-        memory = f"{device.device.type}, memory mode {device.memory}: {device.why}"
-        logger.info("Loaded %s in %.1f s (%s)", self.model, time.monotonic() - began, memory)
+        logger.info("Loaded %s in %.1f s (%s)", self.model, time.monotonic() - began, device.placement)
         with self._changed:
             if not self._stopping:
-                self._status = Status("ready", "Ready", 1.0, memory)
+                self._status = Status("ready", "Ready", 1.0, device.placement)
         return True
 
     def _report_loading(self, text: str, fraction: float) -> None:
@@ -517,6 +521,7 @@ class Engine:
             seed=work.seed,
             model=self.model,
             image_sha256={name: picture.file.sha256 for name, picture in job.pictures.items()},
+            lossy=self._lossy,
         )
         if drawn.steps < work.num_steps:
             parameters["stopped_at_step"] = drawn.steps
@@ -526,6 +531,8 @@ class Engine:
         file = self.files.write(png.getvalue(), filename="generated_image.png", content_type="image/png")
         demand = replace(self._device.demand(work, _sizes(job.pictures)), steps=drawn.steps)
         self._calibration.learn(f"{self.model} on {self._device.name}", demand, drawn.seconds, drawn.peak)
+        with self._changed:  # memory may have run out
+            self._status = replace(self._status, memory=self._device.placement)
         result = Result(self.files.path(file.id), parameters, drawn.seconds, drawn.memory, file)
         self._finish(job_id, state="completed", result=result, notes=tuple(notes))
 

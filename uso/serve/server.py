@@ -51,6 +51,7 @@ def serve(settings: Settings) -> int:
             files=files,
             device=settings.device,
             memory=settings.memory,
+            lossy=settings.lossy,
             queue_limit=settings.queue_limit,
             max_attempts=settings.max_attempts,
             step_limit=settings.step_limit,

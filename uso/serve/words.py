@@ -19,7 +19,7 @@ def status_line(engine: Engine, jobs: list[Job]) -> str:
             return _status(engine.status.text, engine.status.fraction)
         return f'<div class="line">{problem(engine.status.text)}</div>'
     if not live:
-        return _outcome(jobs[-1]) if jobs else _status("Ready")
+        return _outcome(jobs[-1]) if jobs else _status("Ready", also=engine.status.memory)
     job = live[0]
     if job.state == "queued":
         ahead = engine.position(job.id)
@@ -63,7 +63,8 @@ def info_line(job: Job | None) -> str:
     used = job.result.parameters
     steps = used.get("stopped_at_step", used["num_steps"])
     size = f"{used['width']}x{used['height']}"
-    return f"Seed <b>{used['seed']}</b> · {size} · {steps} steps"
+    lossy = [used["quantize"]] * ("quantize" in used) + ["turbo"] * ("turbo" in used)
+    return " · ".join([f"Seed <b>{used['seed']}</b>", size, f"{steps} steps", *map(html.escape, lossy)])
 
 
 def announcement(engine: Engine, jobs: list[Job]) -> str:
