@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from diffusers import FluxTransformer2DModel
-from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZero, AdaLayerNormZeroSingle
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.func import functional_call
+
+from uso.model.modes import modulation_layers
 
 CACHE_BYTES = 256 * 10**6  # 60 prompts of FLUX, or 200 style pictures
 SAMPLES = 8  # values looked at in each weight
@@ -68,12 +69,6 @@ def precomputed(
 def _give_precomputed(module: Any, *args: Any, **kwargs: Any) -> Any:
     """A method, and not diffusers' `ModelHook`: then torch.compile makes one graph for all blocks."""
     return module.precomputed
-
-
-def modulation_layers(transformer: FluxTransformer2DModel) -> list[Any]:
-    """The linear layers of adaLN: 3.25 of FLUX's 11.9 billion weights, called by `modulations` alone."""
-    kinds = (AdaLayerNormZero, AdaLayerNormZeroSingle, AdaLayerNormContinuous)
-    return [norm.linear for norm in transformer.modules() if isinstance(norm, kinds)]
 
 
 def modulations(
