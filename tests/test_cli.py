@@ -400,7 +400,7 @@ def test_nano_stopped_by_ctrl_c() -> None:
             _, err = process.communicate(timeout=60)
         finally:
             process.kill()
-    assert process.returncode == 130
+    assert process.returncode == 130, err
     assert b"Traceback" not in err
     assert err.splitlines()[-1].startswith(b"python -m uso: stopped")
     assert not list(Path().glob("*.part"))
