@@ -1,15 +1,17 @@
 """The road to assets/nano, each command for a step or two on a tiny pool: trains, resumes, exports, loads."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from diffusers.models.embeddings import apply_rotary_emb
 from PIL import Image
 
-from training import export, latents, loop, style, text, train, vae
+from training import cpu, export, latents, loop, style, text, train, vae
 from training.pool import PICTURES
 from uso.model.pipeline import USOPipeline
 
@@ -59,7 +61,7 @@ def test_every_step_from_pool_to_picture(cache: Path) -> None:
     text.build_tokenizers(train.TOKENIZERS)
     minutes = ONE_STEP
     for step in (1, 2):
-        train.train(minutes, 2, 1e-3, None, train.CHECKPOINT, 0)
+        train.train(minutes, 2, 1e-3, 0.7, None, train.CHECKPOINT, 0)
         state = torch.load(train.CHECKPOINT, weights_only=True)
         assert state["step"] == step
         minutes = state["elapsed"] / 60 + ONE_STEP
@@ -81,11 +83,23 @@ def test_every_step_from_pool_to_picture(cache: Path) -> None:
     )
     assert drawn.images[0].size == (512, 512)
 
-    # a new run goes on from the export
+    # a new run goes on from the export, with its tokenizers
     train.CHECKPOINT.unlink()
-    train.train(ONE_STEP, 2, 1e-9, folder, train.CHECKPOINT, 0)
+    shutil.rmtree(train.TOKENIZERS)
+    train.prepare_tokenizers(folder)
+    for tokenizer in ("tokenizer", "tokenizer_2"):
+        copied, exported = (path / tokenizer / "tokenizer_config.json" for path in (train.TOKENIZERS, folder))
+        assert copied.read_bytes() == exported.read_bytes()
+    train.train(ONE_STEP, 2, 1e-9, 0.7, folder, train.CHECKPOINT, 0)
     again = loop.averaged_weights(train.CHECKPOINT)["transformer.proj_out.weight"]
     torch.testing.assert_close(again, trained, atol=1e-4, rtol=1e-3)
+
+    # and is mixed with what it started from
+    state = torch.load(train.CHECKPOINT, weights_only=True)
+    state["average"] = [3 * tensor for tensor in state["average"]]
+    torch.save(state, train.CHECKPOINT)
+    mixed = export.build_pipeline(folder, share=0.5).transformer.proj_out.weight
+    torch.testing.assert_close(mixed, 2 * trained, atol=1e-4, rtol=1e-3)
 
 
 def test_training_calls_the_model_as_the_pipeline_does(cache: Path) -> None:
@@ -164,6 +178,20 @@ def test_style_path_is_trained_first_and_taken_over(cache: Path) -> None:
 def test_guidance_slider() -> None:
     weights = train.guidance_weight(torch.tensor([1.0, 4.0, 5.0]))
     torch.testing.assert_close(weights, torch.tensor([1.0, 2.8, 3.4]))
+
+
+def test_faster_functions_are_those_they_replace() -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = torch.randn(3, 2, 3, 5, 16, generator=generator)  # (B, H, S, D) each
+    mask = torch.ones(5, 5, dtype=torch.bool).tril()
+    for options in ({}, {"scale": 0.3}, {"attn_mask": mask}, {"is_causal": True}):
+        expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, **options)
+        torch.testing.assert_close(cpu.attention(query, key, value, **options), expected)
+    angles = torch.rand(5, 8, generator=generator).repeat_interleave(2, 1)
+    x, frequencies = query.transpose(1, 2), (angles.cos(), angles.sin())
+    torch.testing.assert_close(
+        cpu.rotate(x, frequencies), apply_rotary_emb(x, frequencies, sequence_dim=1), atol=1e-6, rtol=1e-6
+    )
 
 
 def test_orthogonalize() -> None:

@@ -157,7 +157,7 @@ def load_examples(judges: dict[str, Judge]) -> dict[str, Examples]:
     """All sets, each with its gallery filled up to GALLERY: with looks and plain pictures of the judges'
     pool, or photographs for photographs.
     """
-    contents, targets = (array[:GALLERY] for array in load_pool())
+    contents, targets = load_pool(looks=GALLERY)
     fill_styles = describe_looks(judges, targets[:, :OTHERS])
     examples = {}
     for name in SETS:

@@ -120,16 +120,16 @@ def _draw_looks(job: tuple[int, int, list[str]]) -> tuple[np.ndarray, np.ndarray
     return pictures[:, :, 0], pictures[:, :, 1]
 
 
-def load_pool(processes: int = 2) -> tuple[np.ndarray, np.ndarray]:
-    """The judges' pool: contents and targets `(LOOKS, PICTURES, 128, 128, 3)`, drawn unless in the cache."""
-    path = CACHE / "judges.npz"
+def load_pool(processes: int = 2, looks: int = LOOKS) -> tuple[np.ndarray, np.ndarray]:
+    """The judges' pool: contents and targets `(looks, PICTURES, 128, 128, 3)`, drawn unless in the cache."""
+    path = CACHE / f"judges-{looks}.npz"
     if not path.exists():
         names = write_subjects()
-        jobs = [(first, min(first + 50, LOOKS), names) for first in range(0, LOOKS, 50)]
+        jobs = [(first, min(first + 50, looks), names) for first in range(0, looks, 50)]
         with multiprocessing.Pool(processes) as pool:
             parts = list(tqdm(pool.imap(_draw_looks, jobs), total=len(jobs), desc="pool"))
         contents, targets = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-        partial_path = path.with_name("judges.part.npz")
+        partial_path = path.with_name(f"{path.stem}.part.npz")
         np.savez(partial_path, contents=contents, targets=targets)
         partial_path.rename(path)
     arrays = np.load(path)

@@ -1,8 +1,7 @@
 """Encode the pool with the trained autoencoder: `python -m training.latents`. Skips what is done.
 
 Writes `CACHE/latents/<shard>/<kind>.npy`, float16 `(N, 16, h/8, w/8)` as the encoder gives them: "target" (in
-a look), "content" at CONTENT_LONG_SIDE, as the pipeline encodes it by default, and the first PLAIN_ROWS of it
-at the target's size, "plain". `CACHE/latents/scale.json` has the factors that make them unit normal.
+a look) and "content" (plain). `CACHE/latents/scale.json` has the factors that make them unit normal.
 """
 
 import argparse
@@ -12,25 +11,23 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from diffusers import AutoencoderKL
-from PIL import Image
 from tqdm import tqdm
 
+from training.cpu import autocast
 from training.data import CACHE
 from training.loop import launch
 from training.pool import POOL
 from training.vae import load_vae
-from uso.images import prepare_content
 
 LATENTS = CACHE / "latents"
-CONTENT_LONG_SIDE = 128
-PLAIN_ROWS = 200
 BATCH = 16
 
 
 def encode_pictures(vae: AutoencoderKL, pictures: np.ndarray) -> np.ndarray:
     """Latent means of uint8 `(B, H, W, 3)`, float16 `(B, 16, H/8, W/8)`."""
     pixels = torch.from_numpy(pictures / np.float32(127.5) - 1).permute(0, 3, 1, 2)
-    with torch.inference_mode():
+    # bfloat16 adds a noise of 0.6 % and takes half of the time
+    with torch.inference_mode(), autocast():
         mean = vae.encoder(pixels).chunk(2, dim=1)[0]
     return mean.half().numpy()
 
@@ -39,16 +36,11 @@ def encode_shard(vae: AutoencoderKL, name: str) -> None:
     """Write one shard's latents, whole or not at all."""
     source, part = POOL / name, LATENTS / f".{name}.part"
     part.mkdir(parents=True, exist_ok=True)
-    content, target = (np.load(source / f"{kind}.npy", mmap_mode="r") for kind in ("content", "target"))
-    for kind, pictures in (("target", target), ("content", content), ("plain", content[:PLAIN_ROWS])):
-        latents = []
-        for start in range(0, len(pictures), BATCH):
-            batch = pictures[start : start + BATCH]
-            if kind == "content":
-                batch = np.stack(
-                    [np.asarray(prepare_content(Image.fromarray(p), CONTENT_LONG_SIDE)) for p in batch]
-                )
-            latents.append(encode_pictures(vae, batch))
+    for kind in ("target", "content"):
+        pictures = np.load(source / f"{kind}.npy", mmap_mode="r")
+        latents = [
+            encode_pictures(vae, pictures[start : start + BATCH]) for start in range(0, len(pictures), BATCH)
+        ]
         np.save(part / f"{kind}.npy", np.concatenate(latents))
     part.rename(LATENTS / name)
 

@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from training.cpu import has_bfloat16, speed_up
+
 # glibc gives each big tensor's memory back to the kernel and asks again, unless told to keep it.
 ALLOCATOR = {
     "MALLOC_MMAP_THRESHOLD_": "4000000000",
@@ -38,6 +40,7 @@ def _enter(
     rank: int, worker: Callable[..., None], args: tuple[Any, ...], processes: int, port: int, seed: int
 ) -> None:
     torch.set_num_threads(1)
+    speed_up()
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=processes)
     torch.manual_seed(seed)  # the same weights everywhere; each worker draws its data from `data_seed`
     worker(*args)
@@ -69,11 +72,12 @@ def orthogonalize(update: Tensor) -> Tensor:
     a, b, c = 3.4445, -4.7750, 2.0315
     x = update.T if update.shape[0] > update.shape[1] else update
     x = x / (x.norm() + 1e-7)
+    x = x.bfloat16() if has_bfloat16() else x
     for _ in range(5):
         gram = x @ x.T
         x = a * x + (b * gram + c * gram @ gram) @ x
     x = x.T if update.shape[0] > update.shape[1] else x
-    return x * (0.2 * math.sqrt(max(update.shape)))
+    return x.to(update.dtype) * (0.2 * math.sqrt(max(update.shape)))
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -129,7 +133,7 @@ class Run:
     Args:
         model: what is trained; every process holds an equal copy.
         optimizer: over `model`'s parameters.
-        lr: the highest learning rate: reached after `warmup` steps, falling to zero over the last third.
+        lr: the highest learning rate: reached after `warmup` steps, falling to zero over the second half.
         minutes: how long to train in all, earlier parts of a resumed run counted.
         checkpoint: file to save to, and to resume from when it exists.
         decay: of the moving average.
@@ -169,7 +173,7 @@ class Run:
         loss.backward()
         average_gradients(self.parameters)
         nn.utils.clip_grad_norm_(self.parameters, GRADIENT_NORM)
-        rate = self.lr * min(1.0, (self.step + 1) / self.warmup, 3 * (1 - self.progress) + 0.01)
+        rate = self.lr * min(1.0, (self.step + 1) / self.warmup, 2 * (1 - self.progress) + 0.01)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()

@@ -28,7 +28,7 @@ from training.data import CACHE, HELD_OUT, TEXTURE_PHOTOS, Pictures, held_out, p
 from training.looks import FAMILIES, HELD_OUT_FAMILIES, apply, draw_look, luma, plain
 
 POOL = CACHE / "pool"
-SEED = 20_261
+SEED = 20_262
 STREAMS = {
     "train": 0,
     "looks": 1,
@@ -38,10 +38,8 @@ STREAMS = {
 PICTURES = 8  # a look
 PHOTO_SHARE = 0.12
 BLANK = 9.0  # least standard deviation of lightness, in levels, of a picture that is not near-blank
-# one round of shards: (height, width, looks)
-SQUARE = (128, 128, 200)
-OTHERS = [(192, 192), (128, 192), (192, 128), (256, 256), (128, 256), (256, 128)]
-ROUND = [shape for other in OTHERS for shape in (SQUARE, SQUARE, (*other, 100))] + [SQUARE] * 6
+SIDE = 128  # of all pictures
+SHARD = 100  # looks
 
 
 class Contents:
@@ -258,13 +256,8 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2, help="worker processes (default 2)")
     args = parser.parse_args()
     names = write_subjects()
-    jobs: list[tuple[str, int, int, int, int, list[str]]] = []
-    looks = 0
-    while looks < args.looks:
-        height, width, count = ROUND[len(jobs) % len(ROUND)]
-        jobs.append(("train", len(jobs), height, width, count, names))
-        looks += count
-    jobs[4:4] = [(split, 0, 128, 128, 120, names) for split in ("looks", "families")]
+    jobs = [("train", number, SIDE, SIDE, SHARD, names) for number in range(-(-args.looks // SHARD))]
+    jobs[4:4] = [(split, 0, SIDE, SIDE, 120, names) for split in ("looks", "families")]
     with (
         multiprocessing.Pool(args.processes) as pool,
         tqdm(total=sum(job[4] for job in jobs), unit="look") as bar,

@@ -8,6 +8,7 @@ at inference does what two would, and to mix two looks.
 
 import argparse
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from training.cpu import autocast
 from training.data import CACHE
 from training.latents import LATENTS
 from training.loop import MuonAdamW, Run, data_rng, launch
@@ -43,17 +45,17 @@ TOKENIZERS = CACHE / "tokenizers"
 # Condition kinds: style pictures, content picture, prompt; and their share of the batches.
 # "look" is the look in words. Without style and look the target is the plain picture.
 KINDS = {
-    "content + style": 0.54,
-    "content + 2 styles": 0.11,
-    "style + text": 0.1,
+    "content + style": 0.6,
+    "content + 2 styles": 0.1,
+    "style + text": 0.07,
     "content + look": 0.09,
-    "content": 0.03,
-    "text": 0.06,
-    "text + look": 0.07,
+    "content": 0.04,
+    "text": 0.05,
+    "text + look": 0.05,
 }
-DISTILL_FROM = 0.85  # of the run: from here on guidance is learned
 MIXED = 0.1  # of the batches that learn guidance: two style pictures of different looks
 SHEETS = 0.15  # of the style pictures: four subjects in the look on one sheet, not one subject
+RELOAD = 100  # steps
 SLIDER = (1.0, 5.0)  # `guidance_scale` as the user gives it
 TEMPLATES = ("{}", "a {}", "a picture of a {}", "{} in this style", "the {}", "a photo of a {}")
 LOOK_TEMPLATES = ("{}", "{} style", "in the style of {}", "make it {}")
@@ -82,8 +84,8 @@ class Shard:
     """One shard of the pool with its latents."""
 
     def __init__(self, name: str, subjects: list[str], scale: dict[str, float]) -> None:
-        self.content, self.target, self.plain = (
-            np.load(LATENTS / name / f"{kind}.npy", mmap_mode="r") for kind in ("content", "target", "plain")
+        self.content, self.target = (
+            np.load(LATENTS / name / f"{kind}.npy", mmap_mode="r") for kind in ("content", "target")
         )
         self.pictures = np.load(POOL / name / "target.npy", mmap_mode="r")
         rows = np.load(POOL / name / "subject.npy")
@@ -120,7 +122,7 @@ class Shard:
 
     def targets(self, kind: str) -> np.ndarray:
         """The latents to be drawn under conditions of one kind."""
-        return self.plain if kind in ("content", "text") else self.target
+        return self.content if kind in ("content", "text") else self.target
 
     def batch(self, kind: str, rows: Sequence[int], rng: np.random.Generator) -> Batch:
         """The pictures `rows` under conditions of one kind."""
@@ -293,17 +295,34 @@ def loss_of(model: Nano, batch: Batch, teacher: Nano | None) -> Tensor:
     sigma = torch.sigmoid(1.3 * torch.randn(len(clean)) + 1.2)
     noisy = torch.lerp(clean, noise, sigma[:, None, None, None])
     velocity = pack_latents(noise - clean)
-    slider = torch.empty(len(clean)).uniform_(*SLIDER)
+    slider = torch.full((len(clean),), SLIDER[0])
     if teacher is not None:
+        slider.uniform_(*SLIDER)
         velocity = guided_velocity(teacher, noisy, sigma, slider, velocity, batch)
     output = model(noisy, sigma, slider, content=batch.content, style=batch.style, prompts=batch.prompts)
-    return F.mse_loss(output, velocity)
+    return F.mse_loss(output.float(), velocity.float())
 
 
-def train(minutes: float, size: int, lr: float, init: Path | None, checkpoint: Path, seed: int) -> None:
+def prepare_tokenizers(init: Path | None) -> None:
+    """Those of `init`, whose weights know no others; else those of the cache, trained first if need be."""
+    if init:
+        for name in ("tokenizer", "tokenizer_2"):
+            shutil.copytree(init / name, TOKENIZERS / name, dirs_exist_ok=True)
+    elif not TOKENIZERS.exists():
+        build_tokenizers(TOKENIZERS)
+
+
+def train(
+    minutes: float,
+    size: int,
+    lr: float,
+    distill_from: float,
+    init: Path | None,
+    checkpoint: Path,
+    seed: int,
+) -> None:
     """One process's work."""
-    folder = init or TOKENIZERS
-    model, teacher = Nano(folder), Nano(folder).requires_grad_(False)
+    model, teacher = Nano(TOKENIZERS), Nano(TOKENIZERS).requires_grad_(False)
     if init:
         model.load_exported(init)
     elif STYLE_CHECKPOINT.exists():
@@ -312,15 +331,18 @@ def train(minutes: float, size: int, lr: float, init: Path | None, checkpoint: P
     rng = data_rng(seed, run.step)
     torch.manual_seed(int(rng.integers(2**31)))
     names = run.average_names()
+    shards: list[Shard] = []
     smooth: float | None = None
     bar = tqdm(total=100, disable=dist.get_rank() > 0, mininterval=10)
-    shards = load_shards()
     while run.progress < 1:
-        guided = run.progress > DISTILL_FROM
+        if run.step % RELOAD == 0 or not shards:  # what `training.latents` has encoded meanwhile
+            shards = load_shards()
+        guided = run.progress > distill_from and run.step % 2 == 0
         batch = draw_batch(shards, rng, size, guided=guided)
         if guided:
             teacher.load_state_dict(dict(zip(names, run.average, strict=True)), strict=False)
-        loss = loss_of(model, batch, teacher if guided else None)
+        with autocast():
+            loss = loss_of(model, batch, teacher if guided else None)
         run.update(loss)
         smooth = loss.item() if smooth is None else 0.99 * smooth + 0.01 * loss.item()
         bar.n = round(100 * run.progress)
@@ -333,10 +355,26 @@ if __name__ == "__main__":
     parser.add_argument("--minutes", type=float, default=75)
     parser.add_argument("--batch", type=int, default=12, help="pictures a process and step")
     parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument(
+        "--distill-from",
+        type=float,
+        default=0.7,
+        help="part of the run from which on every second batch learns guidance; 1: never (default 0.7)",
+    )
     parser.add_argument("--init", type=Path, help="diffusers folder to start from, such as assets/nano")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args()
-    if not TOKENIZERS.exists():
-        build_tokenizers(TOKENIZERS)
-    launch(train, a.minutes, a.batch, a.lr, a.init, CHECKPOINT, a.seed, processes=a.processes, seed=a.seed)
+    prepare_tokenizers(a.init)
+    launch(
+        train,
+        a.minutes,
+        a.batch,
+        a.lr,
+        a.distill_from,
+        a.init,
+        CHECKPOINT,
+        a.seed,
+        processes=a.processes,
+        seed=a.seed,
+    )

@@ -102,7 +102,11 @@ def load_vae() -> AutoencoderKL:
     if CHECKPOINT.exists():
         vae.load_state_dict(averaged_weights(CHECKPOINT))
     elif (NANO / "vae").exists():
-        vae = AutoencoderKL.from_pretrained(NANO / "vae", dtype=torch.float32)
+        shipped = AutoencoderKL.from_pretrained(NANO / "vae", dtype=torch.float32)
+        vae.load_state_dict(shipped.state_dict())
+        vae.register_to_config(  # not its folder, which an export would write down
+            shift_factor=shipped.config.shift_factor, scaling_factor=shipped.config.scaling_factor
+        )
     return vae.eval().requires_grad_(False)
 
 

