@@ -1,21 +1,20 @@
 """Every mode beside the lossless one: `python benchmarks/modes.py`.
 
-The same pictures in each mode that the device has: seconds, expected and, on CUDA, measured peak of its
-memory, and the PSNR to the pictures of the first. Prints a table for people; the last line is JSON.
+The same pictures in each mode that the device has: seconds, expected and measured peak of its memory (on a
+CPU: of the process's), and the PSNR to the pictures of the first. Prints a table for people; the last line is JSON.
 """
 
 import argparse
 import json
 import statistics
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from uso.model.checkpoints import load_pipeline
 from uso.model.devices import choose_device, memory_modes
-from uso.model.modes import GB, Quantization
+from uso.model.modes import GB, Picture, Quantization
 from uso.serve.device import Device
 from uso.serve.work import Drawn, Work
 
@@ -60,7 +59,7 @@ def main() -> None:
     rows += [(memories[-1] if len(memories) < 2 else "staged", kind, False) for kind in ("int8", "int4")]
     rows += [("full", "none", True)]
     lossless: list[Drawn] = []
-    results: list[dict[str, Any]] = []
+    results = []
     print(f"{args.model}, {args.side}x{args.side}, {args.steps} steps, {len(works(args))} pictures")
     print(f"{'mode':<20} {'seconds':>8} {'expected GB':>12} {'peak GB':>8} {'lowest PSNR':>12}")
     for memory, quantization, turbo in rows:
@@ -69,19 +68,16 @@ def main() -> None:
         drawn = [draw(device, work) for work in works(args)]
         lossless = lossless or drawn
         name = " ".join([memory, *[quantization] * (quantization != "none"), *["turbo"] * turbo])
-        result = {
-            "mode": name,
-            "seconds": statistics.median(sum(one.seconds.values()) for one in drawn),
-            "expected_bytes": device.demand(
-                works(args)[0], {"content_image": (512, 512), "style": (1, 1)}
-            ).memory,
-            "peak_bytes": max((one.peak or 0 for one in drawn), default=0) or None,
-            "psnr": min(map(distance, drawn, lossless)),
-        }
-        peak = f"{result['peak_bytes'] / GB:.2f}" if result["peak_bytes"] else "-"
-        print(f"{name:<20} {result['seconds']:>8.1f} {result['expected_bytes'] / GB:>12.2f} {peak:>8} "
-              f"{result['psnr']:>9.1f} dB", flush=True)  # fmt: skip
-        results.append(result)
+        seconds = statistics.median(sum(one.seconds.values()) for one in drawn)
+        expected = device.footprint.peak(device.memory, Picture(args.side, args.side), turbo=turbo)
+        peak = max(one.peak or 0 for one in drawn)
+        psnr = min(map(distance, drawn, lossless))
+        print(
+            f"{name:<20} {seconds:>8.1f} {expected / GB:>12.2f} {peak / GB:>8.2f} {psnr:>9.1f} dB", flush=True
+        )
+        results.append(
+            {"mode": name, "seconds": seconds, "expected_bytes": expected, "peak_bytes": peak, "psnr": psnr}
+        )
     print(
         json.dumps({"benchmark": "modes", "model": args.model, "results": results}).replace(
             "Infinity", "null"
