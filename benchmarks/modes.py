@@ -1,7 +1,8 @@
 """Every mode beside the lossless one: `python benchmarks/modes.py`.
 
 The same pictures in each mode that the device has: seconds, expected and measured peak of its memory (on a
-CPU: of the process's), and the PSNR to the pictures of the first. Prints a table for people; the last line is JSON.
+CPU: of the process's), and the PSNR to the pictures of the first. Prints a table for people; the last line is
+JSON.
 """
 
 import argparse
