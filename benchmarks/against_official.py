@@ -118,8 +118,8 @@ def measure(
 
     def go_on(worker: Worker, turn: int) -> None:
         found[worker.name].drawn.append(worker.draw(steps))
-        if worker.name != OFFICIAL and turn == 0:
-            found[worker.name].warm.append(worker.draw(steps, seed=SEED + 1, cold=False))
+        if worker.name != OFFICIAL:
+            found[worker.name].warm.append(worker.draw(steps, seed=SEED + 1 + turn, cold=False))
 
     if together:
         with ExitStack() as stack:

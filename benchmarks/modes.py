@@ -1,90 +1,154 @@
-"""Every mode beside the lossless one: `python benchmarks/modes.py`.
+"""Every mode of `uso.model.modes.TABLE`: time, memory, and how far its pictures are from those of `full`.
 
-The same pictures in each mode that the device has: seconds, expected and measured peak of its memory (on a
-CPU: of the process's), and the PSNR to the pictures of the first. Prints a table for people; the last line is
-JSON.
+`python -m benchmarks.modes [--model nano] [--device cpu]`; the last line is JSON. Each mode runs in a process
+of its own; rows that this device cannot have say what they need.
 """
 
 import argparse
 import json
 import statistics
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import Image
+import torch
+from torch import Tensor
 
-from uso.model.checkpoints import load_pipeline
-from uso.model.devices import choose_device, memory_modes
-from uso.model.modes import GB, Picture, Quantization
+from benchmarks.worker import memory, peak_memory, reset_peak_memory
+from uso import load_pipeline
+from uso.images import open_image
+from uso.model.devices import choose_device
+from uso.model.modes import TABLE, Mode, Picture
 from uso.serve.device import Device
 from uso.serve.work import Drawn, Work
+from uso.settings import Settings
 
-EXAMPLES = Path(__file__).parents[1] / "assets" / "examples"
-STYLES = ("halftone", "delft-tile")
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "assets" / "examples"
+# subject, look, prompt: one picture each
+CASES = (("fox", "halftone", ""), ("sailboat", "delft-tile", ""), ("fox", "pop-art", "a fox in a forest"))
 
 
-def works(args: argparse.Namespace) -> list[Work]:
-    content, *styles = (Image.open(EXAMPLES / f"{name}.jpg").convert("RGB") for name in ("fox", *STYLES))
-    size = {"width": args.side, "height": args.side, "num_steps": args.steps, "guidance": 4.0}
-    return [
-        Work("a fox", **size, seed=seed, content_long_size=512, content_image=content, style_images=(style,))
-        for seed, style in enumerate(styles)
+def settings_of(mode: Mode, *, model: str, device: str) -> Settings:
+    """As its flag sets them; where files lie is in the environment."""
+    name, *value = mode.flag.removeprefix("--").split()
+    fields: dict[str, Any] = {"model": model, "device": device, name: value[0] if value else True}
+    return Settings(**fields)
+
+
+def draw(settings: Settings, *, steps: int, rounds: int, side: int, save: Path) -> dict[str, Any]:
+    """All cases, the first of them once before that is timed; latents and pictures go into `save`."""
+    pipe: Any = load_pipeline(settings.model, settings=settings)
+    device = Device(pipe, device=settings.device, memory=settings.memory, turbo=settings.turbo)
+    kind = device.device.type
+    examples = {name: open_image(EXAMPLES / f"{name}.jpg") for case in CASES for name in case[:2]}
+    latents: list[Tensor] = []
+    decode = pipe.decode
+
+    def kept_decode(last: Tensor, **kwargs: Any) -> Tensor:
+        latents.append(last.float().cpu())
+        return decode(last, **kwargs)
+
+    def once(case: tuple[str, str, str], seed: int) -> Drawn:
+        subject, look, prompt = case
+        work = Work(
+            prompt=prompt,
+            width=side,
+            height=side,
+            num_steps=steps,
+            guidance=4.0,
+            seed=seed,
+            content_long_size=512,
+            content_image=examples[subject],
+            style_images=(examples[look],),
+        )
+        pipe.conditioning.clear()
+        *_, drawn = device.run(work, lambda: False)
+        assert isinstance(drawn, Drawn)
+        return drawn
+
+    pipe.decode = kept_decode
+    once(CASES[0], 0)
+    latents.clear()
+    before = memory(kind)
+    reset_peak_memory(kind)
+    drawn = [once(case, seed) for seed, case in enumerate(CASES)]
+    np.savez(save, latents=torch.cat(latents).numpy(), pictures=np.array([np.array(d.image) for d in drawn]))
+    drawn += [once(case, seed) for _ in range(rounds - 1) for seed, case in enumerate(CASES)]
+    return {
+        "seconds": statistics.median(sum(d.seconds.values()) for d in drawn),
+        "drawing_seconds": statistics.median(d.seconds["drawing"] for d in drawn),
+        "weights_bytes": device.footprint.weights(device.memory),
+        "expected_bytes": device.footprint.peak(device.memory, Picture(side, side), turbo=device.turbo),
+        "memory_bytes": before,
+        "peak_bytes": peak_memory(kind),
+    }
+
+
+def distance(full: Path, other: Path) -> dict[str, float]:
+    """Relative error of the last latents, and the pictures' peak signal-to-noise ratio in dB; both means."""
+    a, b = np.load(full), np.load(other)
+    errors = [
+        np.linalg.norm(x - y) / np.linalg.norm(x) for x, y in zip(a["latents"], b["latents"], strict=True)
     ]
+    squares = (a["pictures"].astype(np.float64) - b["pictures"]) ** 2
+    with np.errstate(divide="ignore"):
+        ratios = 10 * np.log10(255**2 / squares.mean(axis=(1, 2, 3)))
+    return {"latents": float(np.mean(errors)), "psnr": float(np.mean(ratios))}
 
 
-def draw(device: Device, work: Work) -> Drawn:
-    for event in device.run(work, cancelled=lambda: False):
-        if isinstance(event, Drawn):
-            return event
-    raise AssertionError("no picture")
-
-
-def distance(drawn: Drawn, lossless: Drawn) -> float:
-    """PSNR in dB; infinite where they are the same."""
-    difference = np.asarray(drawn.image, np.float64) - np.asarray(lossless.image, np.float64)
-    square = float((difference**2).mean())
-    return 10 * np.log10(255**2 / square) if square else float("inf")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="nano")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--side", type=int, default=512)
     parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--side", type=int, help="in pixels; default: 512 for nano, else 1024")
+    parser.add_argument("--only", choices=[mode.name for mode in TABLE], help=argparse.SUPPRESS)
+    parser.add_argument("--save", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    memories = memory_modes(choose_device(args.device))
-    rows: list[tuple[str, Quantization, bool]] = [(memory, "none", False) for memory in memories]
-    rows += [(memories[-1] if len(memories) < 2 else "staged", kind, False) for kind in ("int8", "int4")]
-    rows += [("full", "none", True)]
-    lossless: list[Drawn] = []
-    results = []
-    print(f"{args.model}, {args.side}x{args.side}, {args.steps} steps, {len(works(args))} pictures")
-    print(f"{'mode':<20} {'seconds':>8} {'expected GB':>12} {'peak GB':>8} {'lowest PSNR':>12}")
-    for memory, quantization, turbo in rows:
-        pipe = load_pipeline(args.model, quantization=quantization)
-        device = Device(pipe, device=args.device, memory=memory, turbo=turbo)
-        drawn = [draw(device, work) for work in works(args)]
-        lossless = lossless or drawn
-        name = " ".join([memory, *[quantization] * (quantization != "none"), *["turbo"] * turbo])
-        seconds = statistics.median(sum(one.seconds.values()) for one in drawn)
-        expected = device.footprint.peak(device.memory, Picture(args.side, args.side), turbo=turbo)
-        peak = max(one.peak or 0 for one in drawn)
-        psnr = min(map(distance, drawn, lossless))
-        print(
-            f"{name:<20} {seconds:>8.1f} {expected / GB:>12.2f} {peak / GB:>8.2f} {psnr:>9.1f} dB", flush=True
-        )
-        results.append(
-            {"mode": name, "seconds": seconds, "expected_bytes": expected, "peak_bytes": peak, "psnr": psnr}
-        )
+    side = args.side or (512 if args.model == "nano" else 1024)
+    if args.only:
+        mode = next(mode for mode in TABLE if mode.name == args.only)
+        settings = settings_of(mode, model=args.model, device=args.device)
+        print(json.dumps(draw(settings, steps=args.steps, rounds=args.rounds, side=side, save=args.save)))
+        return 0
+    device = choose_device(args.device).type
+    print(f"{args.model}, {side}x{side}, {args.steps} steps, {device}: medians, caches cold")
     print(
-        json.dumps({"benchmark": "modes", "model": args.model, "results": results}).replace(
-            "Infinity", "null"
-        )
+        f"{'':10}{'s':>9}{'steps, s':>10}{'weights, MB':>13}{'peak, GB':>10}{'latents':>10}{'PSNR, dB':>10}"
     )
+    rows: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for mode in TABLE:
+            if device != "cuda" and mode.needs == "CUDA":
+                print(f"{mode.name:10}  not measured: needs {mode.needs}")
+                continue
+            save = Path(folder) / f"{mode.name}.npz"
+            command = [sys.executable, "-m", "benchmarks.modes", *sys.argv[1:]]
+            out = subprocess.run(
+                [*command, "--only", mode.name, "--save", str(save)],
+                cwd=ROOT,
+                stdout=subprocess.PIPE,
+                text=True,
+                check=True,
+            ).stdout
+            row = json.loads(out.splitlines()[-1]) | distance(Path(folder) / "full.npz", save)
+            rows[mode.name] = row
+            print(
+                f"{mode.name:10}{row['seconds']:9.3f}{row['drawing_seconds']:10.3f}"
+                f"{row['weights_bytes'] / 1e6:13.1f}{row['peak_bytes'] / 1e9:10.2f}"
+                f"{row['latents']:10.1e}{row['psnr']:10.1f}"
+            )
+            row["psnr"] = None if row["psnr"] == float("inf") else row["psnr"]  # which JSON has not
+    print(
+        json.dumps({"model": args.model, "device": device, "side": side, "steps": args.steps, "modes": rows})
+    )
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

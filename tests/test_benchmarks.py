@@ -17,6 +17,7 @@ import torch
 from benchmarks import official, ours
 from benchmarks.models import FULL, SIZES, picture, random_tensor, write_folder
 from uso.images import prepare_content
+from uso.model.modes import TABLE
 
 ROOT = Path(__file__).parents[1]
 CHECKOUT = os.environ.get("USO_OFFICIAL")
@@ -93,3 +94,11 @@ def test_server() -> None:
     for part in ("engine", "server"):
         assert said[part]["in_order"]
         assert said[part]["tasks_a_second"] > 0
+
+
+def test_modes() -> None:
+    said = run("modes", "--device", "cpu", "--steps", "1", "--rounds", "1")["modes"]
+    assert said.keys() == {mode.name for mode in TABLE if mode.needs != "CUDA"}
+    assert said["full"]["latents"] == 0
+    assert 0 < said["int8"]["latents"] < said["int4"]["latents"]
+    assert said["int4"]["weights_bytes"] < said["int8"]["weights_bytes"] < said["full"]["weights_bytes"]
