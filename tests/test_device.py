@@ -52,6 +52,14 @@ def test_a_closed_run_waits_for_the_device() -> None:
     assert pipe.inside == 0
 
 
+def test_a_cuda_error_is_the_end_of_the_device() -> None:
+    def fail(index: int) -> None:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nCompile with ...")
+
+    with pytest.raises(DeviceFault, match=r"illegal memory access was encountered\): restart"):
+        list(Device(FakePipeline(fail), device="cpu").run(work(), lambda: False))
+
+
 def test_previews_come_at_most_twice_a_second_and_the_drawing_waits_for_none() -> None:
     drawn = threading.Event()
     pipe = FakePipeline(lambda index: drawn.set() if index == 11 else time.sleep(0.1))

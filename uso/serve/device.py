@@ -138,7 +138,7 @@ class Device:
         Raises:
             Cancelled, OutOfMemory: the device is as good as before.
             USOError: numbers that are no picture (NaN).
-            DeviceFault: hung.
+            DeviceFault: hung, or failed for good.
         """
         before = self.memory
         try:
@@ -266,6 +266,9 @@ class _Drawing:
             self.events.put(
                 OutOfMemory("The device's memory is too small for this picture: ask for a smaller one.")
             )
+        except torch.AcceleratorError as error:  # a CUDA error sticks: every later call fails with it
+            reason = str(error).splitlines()[0]
+            self.events.put(DeviceFault(f"The device failed ({reason}): restart the server."))
         except Exception as error:
             self.events.put(error)
         finally:
