@@ -107,11 +107,15 @@ def test_the_status_line_is_always_true(engine: Engine) -> None:
     failed = job(engine, state="failed", error="<b>No</b> memory.")
     assert "&lt;b&gt;No&lt;/b&gt; memory." in words.status_line(engine, [failed])
     seconds: dict[Any, float] = {"encoding": 1.0, "drawing": 2.0, "decoding": 1.1}
-    result = Result(Path("x.png"), {}, seconds, "full", StoredFile("x.png", "", "", "", 0, ""))
+    used = {"seed": 7, "width": 1024, "height": 672, "num_steps": 25}
+    result = Result(Path("x.png"), used, seconds, "full", StoredFile("x.png", "", "", "", 0, ""))
     done = job(engine, state="completed", result=result, notes=("keep_size has no effect.",))
     assert "Done in 4.1 s. Keep the subject&#x27;s shape has no effect." in words.status_line(
         engine, [failed, done]
     )
+    assert words.info_line(done) == "Seed <b>7</b> · 1024x672 · 25 steps"
+    used |= {"quantize": "int8", "turbo": True, "stopped_at_step": 9}
+    assert words.info_line(done) == "Seed <b>7</b> · 1024x672 · 9 steps · int8 · turbo"
     engine._status = Status("loading", "Loading vae", 0.5)
     assert "Loading vae" in words.status_line(engine, [waiting])
 

@@ -63,8 +63,12 @@ def info_line(job: Job | None) -> str:
     used = job.result.parameters
     steps = used.get("stopped_at_step", used["num_steps"])
     size = f"{used['width']}x{used['height']}"
-    lossy = [used["quantize"]] * ("quantize" in used) + ["turbo"] * ("turbo" in used)
-    return " · ".join([f"Seed <b>{used['seed']}</b>", size, f"{steps} steps", *map(html.escape, lossy)])
+    facts = [f"Seed <b>{used['seed']}</b>", size, f"{steps} steps"]
+    if "quantize" in used:
+        facts.append(html.escape(used["quantize"]))
+    if used.get("turbo"):
+        facts.append("turbo")
+    return " · ".join(facts)
 
 
 def announcement(engine: Engine, jobs: list[Job]) -> str:
