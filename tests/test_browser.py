@@ -402,6 +402,9 @@ def test_a_shape_is_there_at_once_and_after_a_reload(visit: Callable[..., Page],
         expect(page.locator(f"#{field} input[type=number]")).to_have_value(value, timeout=WAIT)
 
 
+UNSHOWN = ("text", "empty", "svg", "pdf", "html", "tiff")  # of the wrong files: no browser shows them
+
+
 def wrong_files() -> dict[str, bytes]:
     def saved(image: Image.Image, kind: str) -> bytes:
         buffer = io.BytesIO()
@@ -434,6 +437,9 @@ def test_wrong_files_get_a_sentence_and_nothing_is_lost(visit: Callable[..., Pag
         path.write_bytes(data)
         page.set_input_files("#content_image input[type=file]", path)
         expect(problem, name).to_contain_text("Subject", timeout=WAIT)
+        expect(page.locator("#content_image .unshown"), name).to_have_count(
+            int(name in UNSHOWN), timeout=WAIT
+        )
         if name != "bomb":
             page.locator("#content_image").get_by_label("Remove Image").click()
             expect(problem, name).to_have_count(0, timeout=WAIT)
