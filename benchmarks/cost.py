@@ -1,4 +1,4 @@
-"""How well the cost line foretells: `python benchmarks/cost.py`.
+"""How well the cost line foretells: `python -m benchmarks.cost`.
 
 Draws three pictures, then as many others as asked for, each with settings drawn at random, and compares what
 was foretold of each before it began with what it took: once from the first three alone, as a new user has

@@ -527,6 +527,8 @@ def test_a_model_that_loads_is_told_and_one_that_fails_is_tried_again(
             page.get_by_label("username").fill("me")
             page.get_by_label("password").fill(password)
             page.get_by_role("button", name="Login").click()
+            if password == "guess":  # the answer empties the form
+                expect(page.get_by_text("Incorrect Credentials")).to_be_visible(timeout=WAIT)
         expect(page.locator("#status")).to_contain_text(re.compile("Loading|Reading"), timeout=WAIT)
         expect(page.locator("#status progress")).to_be_visible()
         page.fill("#prompt textarea", "a fox")
