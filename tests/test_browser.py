@@ -150,8 +150,13 @@ def upload(page: Page, slot: str, path: Path) -> None:
 def set_number(page: Page, field: str, value: int) -> None:
     box = page.locator(f"#{field} input[type=number]")
     expect(box).not_to_have_value("")  # an accordion's contents are made when it opens
-    box.fill(str(value))
-    box.blur()
+    # What is typed while they are being made may be lost; the slider shows what the page has noted.
+    slider, deadline = page.locator(f"#{field} input[type=range]"), time.monotonic() + WAIT / 1000
+    while slider.input_value() != str(value):
+        assert time.monotonic() < deadline
+        box.fill(str(value))
+        box.blur()
+        page.wait_for_timeout(100)
 
 
 def ask_for_a_long_one(page: Page) -> None:
