@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import statistics
-import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -156,11 +155,9 @@ class Calibration:
         known = {device: [asdict(run) for run in runs] for device, runs in self._known.items()}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with tempfile.NamedTemporaryFile(
-                "w", dir=self.path.parent, prefix=self.path.name, delete=False
-            ) as file:
-                json.dump(known, file)
-            os.replace(file.name, self.path)
+            part = self.path.with_suffix(f".{os.getpid()}.part")  # what a full disk leaves is written over
+            part.write_text(json.dumps(known))
+            part.replace(self.path)
         except OSError as error:  # a full disk must not cost the picture
             logger.warning("%s cannot be written: %s", self.path, error)
 
