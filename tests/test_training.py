@@ -1,7 +1,10 @@
 """The road to assets/nano, each command for a step or two on a tiny pool: trains, resumes, exports, loads."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +14,7 @@ import torch.distributed as dist
 from diffusers.models.embeddings import apply_rotary_emb
 from PIL import Image
 
-from training import cpu, export, latents, loop, style, text, train, vae
+from training import ablate, cpu, export, latents, loop, reward, style, text, train, vae
 from training.pool import PICTURES
 from uso.model.pipeline import USOPipeline
 
@@ -21,7 +24,7 @@ ONE_STEP = 1e-9  # minutes: over when the first step is done
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A pool of one shard of two looks, and a group of this process alone."""
-    for module in (vae, latents, text, style, train, export):
+    for module in (vae, latents, text, style, reward, train, export, ablate):
         for name, path in (
             ("POOL", "pool"),
             ("LATENTS", "latents"),
@@ -35,7 +38,11 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for module in (train, export):
         monkeypatch.setattr(module, "CHECKPOINT", tmp_path / "nano.pt")
     monkeypatch.setattr(style, "CHECKPOINT", tmp_path / "style.pt")
-    monkeypatch.setattr(train, "STYLE_CHECKPOINT", tmp_path / "style.pt")
+    for module in (train, ablate):
+        monkeypatch.setattr(module, "STYLE_CHECKPOINT", tmp_path / "style.pt")
+    for module, name in ((reward, "CHECKPOINT"), (train, "REWARD_CHECKPOINT")):
+        monkeypatch.setattr(module, name, tmp_path / "reward.pt")
+    monkeypatch.setattr(ablate, "FOLDER", tmp_path)
     shard = tmp_path / "pool" / "train-0000-128x128"
     shard.mkdir(parents=True)
     pictures = np.random.default_rng(0).integers(0, 256, (2, 2 * PICTURES, 128, 128, 3), np.uint8)
@@ -148,7 +155,7 @@ def test_a_mix_of_looks_is_learned_as_the_mean_of_both(cache: Path, monkeypatch:
     teacher = train.Nano(train.TOKENIZERS)
     for parameter in teacher.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
-    batch = train.draw_batch(train.load_shards(), np.random.default_rng(0), 2, guided=True)
+    batch = train.draw_batch(train.load_shards([], None), np.random.default_rng(0), 2, guided=True)
     assert batch.mixed
     assert batch.style is not None
     noisy, sigma, slider = torch.randn(2, 16, 16, 16), torch.full((2,), 0.9), torch.ones(2)
@@ -173,6 +180,102 @@ def test_style_path_is_trained_first_and_taken_over(cache: Path) -> None:
     assert not [
         name for name in taken.missing_keys if name in dict(nano.named_parameters()) and "style" in name
     ]
+
+
+def test_the_reward_asks_for_the_look_as_much_as_the_slider(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vae.train(ONE_STEP, 4, 1e-3, vae.CHECKPOINT, 0)
+    latents.encode_pool()
+    latents.write_scale()
+    text.build_tokenizers(train.TOKENIZERS)
+    reward.train(ONE_STEP, 2, 1e-3, reward.CHECKPOINT, 0)
+    network = reward.load_reward(reward.CHECKPOINT)
+    shard = train.load_shards([], network)[0]
+    batch = shard.batch("content + style", [0, PICTURES], np.random.default_rng(0))
+    assert batch.looks is not None
+    assert batch.right.tolist() == [0, 1]
+    encoded = network(latents.unit_normal(shard.target))
+    means = encoded.unflatten(0, (2, PICTURES))[:, : reward.TOLD_BY].mean(1)
+    torch.testing.assert_close(batch.looks, torch.nn.functional.normalize(means, dim=1), atol=0.02, rtol=0.02)
+    nano = train.Nano(train.TOKENIZERS)
+    losses = {}
+    for slider in (1.0, 3.0, 5.0):
+        monkeypatch.setattr(train, "guided_velocity", lambda *args: args[4])
+        monkeypatch.setattr(torch.Tensor, "uniform_", lambda self, *args, slider=slider: self.fill_(slider))
+        for used in (None, network):
+            torch.manual_seed(0)
+            losses[slider, used is not None] = train.loss_of(nano, batch, nano, used).item()
+    added = [losses[slider, True] - losses[slider, False] for slider in (1.0, 3.0, 5.0)]
+    assert added[0] == 0
+    assert added[1] == pytest.approx(added[2] / 2, rel=1e-3)
+    assert added[2] > 0
+    assert train.loss_of(nano, batch, None, network).item() == pytest.approx(losses[1.0, False], rel=0.5)
+
+
+def test_a_batch_is_learned_where_the_model_is(cache: Path) -> None:
+    """No tensor is made on the CPU beside a model elsewhere: with "meta" any would raise."""
+    text.build_tokenizers(train.TOKENIZERS)
+    meta = torch.device("meta")
+    nano, network = train.Nano(train.TOKENIZERS).to(meta), reward.LookReward().to(meta)
+    batch = train.Batch(
+        target=torch.zeros(2, 16, 16, 16),
+        content=torch.zeros(2, 16, 16, 16),
+        style=torch.zeros(2, 1, 3, 128, 128),
+        prompts=["a cat", ""],
+        looks=torch.zeros(3, reward.EMBEDDING),
+        right=torch.tensor([0, 2]),
+    ).to(meta)
+    loss = train.loss_of(nano, batch, nano, network)
+    assert loss.device == meta
+    loss.backward()
+    style_pictures = torch.zeros(4, 3, 128, 128, device=meta)
+    look, drawing = style.StylePath().to(meta)(style_pictures)
+    assert style.contrast_loss(look, drawing).device == meta
+
+
+@pytest.mark.gpu
+def test_trains_on_a_gpu(tmp_path: Path) -> None:
+    """Two steps of the reward by `launch`, as every training starts: NCCL, Muon, checkpoint."""
+    folder = tmp_path / "latents" / "train-0000-128x128"
+    folder.mkdir(parents=True)
+    (tmp_path / "latents" / "scale.json").write_text('{"shift_factor": 0, "scaling_factor": 1}')
+    np.save(folder / "target.npy", np.random.default_rng(0).normal(size=(2 * PICTURES, 16, 16, 16)))
+    environment = os.environ | {"USO_TRAIN_CACHE": str(tmp_path)}
+    command = [sys.executable, "-m", "training.reward", "--minutes", "0.02", "--processes", "1"]
+    subprocess.run(command, env=environment, check=True)
+    assert (tmp_path / "reward.pt").exists()
+
+
+def test_an_ablation_differs_by_what_it_leaves_out(cache: Path) -> None:
+    vae.train(ONE_STEP, 4, 1e-3, vae.CHECKPOINT, 0)
+    latents.encode_pool()
+    latents.write_scale()
+    text.build_tokenizers(train.TOKENIZERS)
+    style.train(ONE_STEP, 2, 1e-3, style.CHECKPOINT, 0)
+    export.export(cache / "start")
+    kept = train.Nano(train.TOKENIZERS)
+    kept.load_exported(cache / "start")
+    aligned, unaligned = ablate.Aligned(train.TOKENIZERS), ablate.Unaligned(train.TOKENIZERS)
+    for nano in (aligned, unaligned):
+        nano.load_exported(cache / "start")
+        for name, module in nano.named_parameters():
+            same = torch.equal(module, kept.get_parameter(name))
+            assert same or name.startswith(("conditioning.image_encoder", "conditioning.style_projector"))
+    weight = "conditioning.image_encoder.embeddings.patch_embedding.weight"
+    trained = style.load_style_path(style.CHECKPOINT)[weight]
+    assert torch.equal(aligned.get_parameter(weight), trained)
+    assert not torch.equal(unaligned.get_parameter(weight), trained)
+
+    same = train.load_shards([], None, ablate.SamePictures)[0]
+    assert same.siblings(5, np.random.default_rng(0), 1) == [5]
+    one_path = train.load_shards([], None, ablate.LatentStyles)[0]
+    batch = one_path.batch("content + style", [0, PICTURES], np.random.default_rng(0))
+    assert batch.style.shape == (2, 1, 16, 16, 16)
+    nano = ablate.OnePath(train.TOKENIZERS)
+    assert nano.encode_style(batch.style) is None
+    assert len(nano.references(batch.content, batch.style)) == 2
+    assert train.loss_of(nano, batch, None, None).isfinite()
 
 
 def test_guidance_slider() -> None:

@@ -19,11 +19,6 @@ def has_bfloat16() -> bool:
     return torch.cpu._is_avx512_bf16_supported()
 
 
-def autocast() -> torch.autocast:
-    """Matrix products in bfloat16 where that is faster."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=has_bfloat16())
-
-
 def attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any
 ) -> Tensor:

@@ -330,7 +330,7 @@ def overall(scores: dict[str, Any], counts: dict[str, int]) -> dict[str, dict[st
             )
             for metric in METRICS
         }
-        for method in METHODS
+        for method in scores[next(iter(counts))]
     }
 
 

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from diffusers import AutoencoderKL
+from torch import Tensor
 from tqdm import tqdm
 
-from training.cpu import autocast
 from training.data import CACHE
-from training.loop import launch
+from training.loop import autocast, device, launch
 from training.pool import POOL
 from training.vae import load_vae
 
@@ -25,11 +25,18 @@ BATCH = 16
 
 def encode_pictures(vae: AutoencoderKL, pictures: np.ndarray) -> np.ndarray:
     """Latent means of uint8 `(B, H, W, 3)`, float16 `(B, 16, H/8, W/8)`."""
-    pixels = torch.from_numpy(pictures / np.float32(127.5) - 1).permute(0, 3, 1, 2)
+    pixels = torch.from_numpy(pictures / np.float32(127.5) - 1).permute(0, 3, 1, 2).to(vae.device)
     # bfloat16 adds a noise of 0.6 % and takes half of the time
     with torch.inference_mode(), autocast():
         mean = vae.encoder(pixels).chunk(2, dim=1)[0]
-    return mean.half().numpy()
+    return mean.half().cpu().numpy()
+
+
+def unit_normal(latents: np.ndarray) -> Tensor:
+    """Raw latents as the transformer sees them, float32."""
+    scale = json.loads((LATENTS / "scale.json").read_text())
+    raw = torch.from_numpy(latents.astype(np.float32))
+    return (raw - scale["shift_factor"]) * scale["scaling_factor"]
 
 
 def encode_shard(vae: AutoencoderKL, name: str) -> None:
@@ -47,7 +54,7 @@ def encode_shard(vae: AutoencoderKL, name: str) -> None:
 
 def encode_pool() -> None:
     """One process's share of the shards."""
-    vae = load_vae().to(memory_format=torch.channels_last)
+    vae = load_vae().to(device(), memory_format=torch.channels_last)
     names = sorted(path.name for path in POOL.glob("train-*"))
     for name in tqdm(
         names[dist.get_rank() :: dist.get_world_size()], disable=dist.get_rank() > 0, unit="shard"
@@ -70,7 +77,7 @@ def write_scale() -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--processes", type=int, help="default: the GPUs, or 2 without one")
     arguments = parser.parse_args()
     launch(encode_pool, processes=arguments.processes, seed=0)
     write_scale()

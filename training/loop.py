@@ -1,12 +1,14 @@
-"""What both trainings share: processes, optimizer, moving average, checkpoints.
+"""What all trainings share: processes, optimizer, moving average, checkpoints.
 
 On a CPU, processes of one thread each that average their gradients are far faster than one process of many
-threads. The schedule follows the minutes trained, not the steps, so that a run fits its time on any machine.
+threads; with GPUs there is one process each. The schedule follows the minutes trained, not the steps, so that
+a run fits its time on any machine.
 """
 
 import math
 import os
 import random
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -25,23 +27,39 @@ ALLOCATOR = {
     "MALLOC_TRIM_THRESHOLD_": "4000000000",
     "OMP_NUM_THREADS": "1",
 }
-RENDEZVOUS_PORT = 29400
 GRADIENT_NORM = 1.0  # at most: one batch in some thousand has a loss a hundred times the others'
 
 
-def launch(worker: Callable[..., None], *args: Any, processes: int, seed: int) -> None:
-    """Run `worker(*args)` in `processes` processes of one thread each, joined in one gloo group."""
+def device() -> torch.device:
+    """Where this process computes: its own GPU, or the CPU of a machine without one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def autocast() -> torch.autocast:
+    """Matrix products in bfloat16 where that is faster."""
+    kind = device().type
+    return torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda" or has_bfloat16())
+
+
+def launch(worker: Callable[..., None], *args: Any, processes: int | None, seed: int) -> None:
+    """Run `worker(*args)` in a group of `processes` (default: one a GPU, or 2 without one)."""
     os.environ.update(ALLOCATOR)
-    port = RENDEZVOUS_PORT + os.getpid() % 1000
-    torch.multiprocessing.spawn(_enter, args=(worker, args, processes, port, seed), nprocs=processes)
+    processes = processes or torch.cuda.device_count() or 2
+    with tempfile.TemporaryDirectory() as folder:
+        group = f"file://{folder}/group"
+        torch.multiprocessing.spawn(_enter, args=(worker, args, processes, group, seed), nprocs=processes)
 
 
 def _enter(
-    rank: int, worker: Callable[..., None], args: tuple[Any, ...], processes: int, port: int, seed: int
+    rank: int, worker: Callable[..., None], args: tuple[Any, ...], processes: int, group: str, seed: int
 ) -> None:
     torch.set_num_threads(1)
-    speed_up()
-    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=processes)
+    if device().type == "cuda":
+        torch.cuda.set_device(rank)
+    else:
+        speed_up()
+    backend = "nccl" if device().type == "cuda" else "gloo"
+    dist.init_process_group(backend, group, rank=rank, world_size=processes)
     torch.manual_seed(seed)  # the same weights everywhere; each worker draws its data from `data_seed`
     worker(*args)
     dist.destroy_process_group()
@@ -72,7 +90,7 @@ def orthogonalize(update: Tensor) -> Tensor:
     a, b, c = 3.4445, -4.7750, 2.0315
     x = update.T if update.shape[0] > update.shape[1] else update
     x = x / (x.norm() + 1e-7)
-    x = x.bfloat16() if has_bfloat16() else x
+    x = x.bfloat16() if x.is_cuda or has_bfloat16() else x
     for _ in range(5):
         gram = x @ x.T
         x = a * x + (b * gram + c * gram @ gram) @ x
@@ -99,7 +117,7 @@ class MuonAdamW(torch.optim.Optimizer):
             (self._muon if group["muon"] else self._adamw)(group["params"], group["lr"])
 
     def _muon(self, parameters: list[nn.Parameter], lr: float, momentum: float = 0.95) -> None:
-        flat = torch.zeros(sum(p.numel() for p in parameters))
+        flat = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
         updates = flat.split([p.numel() for p in parameters])
         for i, (p, update) in enumerate(zip(parameters, updates, strict=True)):
             assert p.grad is not None
@@ -158,7 +176,7 @@ class Run:
         self.average = [p.detach().clone() for p in self.parameters]
         self.step, self.elapsed, self.clock, self.saved = 0, 0.0, time.monotonic(), time.monotonic()
         if checkpoint.exists():
-            state = torch.load(checkpoint, weights_only=True)
+            state = torch.load(checkpoint, weights_only=True, map_location=device())
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
             self.average, self.step, self.elapsed = state["average"], state["step"], state["elapsed"]
@@ -184,7 +202,7 @@ class Run:
             decay = min(self.decay, self.step / (self.step + 20))
             torch._foreach_lerp_(self.average, self.parameters, 1 - decay)
         now = time.monotonic()
-        spent = torch.tensor(now - self.clock, dtype=torch.float64)
+        spent = torch.tensor(now - self.clock, dtype=torch.float64, device=device())
         dist.broadcast(spent, 0)
         self.elapsed += spent.item()
         self.clock = now
@@ -216,5 +234,5 @@ class Run:
 
 def averaged_weights(checkpoint: Path) -> dict[str, Tensor]:
     """The moving average of a checkpoint, by parameter name."""
-    state = torch.load(checkpoint, weights_only=True)
+    state = torch.load(checkpoint, weights_only=True, map_location="cpu")
     return dict(zip(state["average_names"], state["average"], strict=True))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from training.data import CACHE
-from training.loop import MuonAdamW, Run, averaged_weights, data_rng, launch
+from training.loop import MuonAdamW, Run, averaged_weights, data_rng, device, launch
 from training.models import STYLE_SIZE, build_conditioning
 from training.pool import PICTURES, POOL
 
@@ -71,19 +71,20 @@ def without_colours(rng: np.random.Generator, picture: np.ndarray) -> np.ndarray
 def contrast_loss(first: Tensor, second: Tensor) -> Tensor:
     """Each vector of `first` `(B, E)` shall be nearest to its row of `second` `(B, E)`, and the reverse."""
     similar = first @ second.T / TEMPERATURE  # (B, B)
-    rows = torch.arange(len(similar))
+    rows = torch.arange(len(similar), device=similar.device)
     return (F.cross_entropy(similar, rows) + F.cross_entropy(similar.T, rows)) / 2
 
 
 def found(first: Tensor, second: Tensor) -> float:
     """The share of `first` whose nearest in `second` is its own row."""
-    return ((first @ second.T).argmax(1) == torch.arange(len(first))).float().mean().item()
+    nearest = (first @ second.T).argmax(1)
+    return (nearest == torch.arange(len(first), device=first.device)).float().mean().item()
 
 
 def train(minutes: float, looks: int, lr: float, checkpoint: Path, seed: int) -> None:
     """One process's work: three pictures of each of `looks` looks a step."""
     cv2.setNumThreads(1)
-    model = StylePath()
+    model = StylePath().to(device())
     matrices = [p for name, p in model.named_parameters() if ".layers." in name and p.ndim == 2]
     others = [p for name, p in model.named_parameters() if not (".layers." in name and p.ndim == 2)]
     run = Run(model, MuonAdamW(matrices, others, lr), lr=lr, minutes=minutes, checkpoint=checkpoint)
@@ -98,7 +99,7 @@ def train(minutes: float, looks: int, lr: float, checkpoint: Path, seed: int) ->
         views = [[random_view(rng, pictures[row]) for row in third] for third in rows]
         views[2] = [without_colours(rng, view) for view in views[2]]
         pixels = torch.from_numpy(np.concatenate(views) / np.float32(127.5) - 1).permute(0, 3, 1, 2)
-        look, drawing = (vectors.chunk(3) for vectors in model(pixels))
+        look, drawing = (vectors.chunk(3) for vectors in model(pixels.to(device())))
         run.update(contrast_loss(look[0], look[1]) + contrast_loss(drawing[0], drawing[2]))
         now = np.array([found(look[0], look[1]), found(drawing[0], drawing[2])])
         right = now if right is None else 0.98 * right + 0.02 * now
@@ -123,7 +124,7 @@ if __name__ == "__main__":
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--looks", type=int, default=64, help="looks a process and step")
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--processes", type=int, help="default: the GPUs, or 2 without one")
     parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args()
     launch(train, a.minutes, a.looks, a.lr, CHECKPOINT, a.seed, processes=a.processes, seed=a.seed)

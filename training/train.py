@@ -3,15 +3,18 @@
 Resumes from its checkpoint; a new run starts from the style path that `training.style` has trained, or, by
 `--init assets/nano`, from shipped weights. Needs the latents. Rectified flow: noise and conditions to the
 velocity, over a mix of condition kinds. At last the model learns its own guided velocity, so that one pass
-at inference does what two would, and to mix two looks.
+at inference does what two would, to mix two looks, and, with `training.reward`'s network, to be found in the
+look asked for the more the guidance is turned up.
 """
 
 import argparse
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -21,10 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from training.cpu import autocast
 from training.data import CACHE
-from training.latents import LATENTS
-from training.loop import MuonAdamW, Run, data_rng, launch
+from training.latents import LATENTS, unit_normal
+from training.loop import MuonAdamW, Run, autocast, data_rng, device, launch
 from training.models import (
     MAX_SEQUENCE_LENGTH,
     NATIVE_SIDE,
@@ -33,10 +35,12 @@ from training.models import (
     build_transformer,
 )
 from training.pool import PICTURES, POOL
+from training.reward import CHECKPOINT as REWARD_CHECKPOINT
+from training.reward import LookReward, load_reward
 from training.style import CHECKPOINT as STYLE_CHECKPOINT
 from training.style import load_style_path
 from training.text import build_tokenizers, load_tokenizers
-from uso.model.geometry import pack_latents, position_ids, reference_position_ids
+from uso.model.geometry import pack_latents, position_ids, reference_position_ids, unpack_latents
 from uso.model.pipeline import USOPipeline
 
 CHECKPOINT = CACHE / "nano.pt"
@@ -45,15 +49,16 @@ TOKENIZERS = CACHE / "tokenizers"
 # Condition kinds: style pictures, content picture, prompt; and their share of the batches.
 # "look" is the look in words. Without style and look the target is the plain picture.
 KINDS = {
-    "content + style": 0.6,
-    "content + 2 styles": 0.1,
-    "style + text": 0.07,
-    "content + look": 0.09,
-    "content": 0.04,
-    "text": 0.05,
-    "text + look": 0.05,
+    "content + style": 0.5,
+    "content + 2 styles": 0.08,
+    "style + text": 0.11,
+    "content + look": 0.07,
+    "content": 0.03,
+    "text": 0.13,
+    "text + look": 0.08,
 }
 MIXED = 0.1  # of the batches that learn guidance: two style pictures of different looks
+REWARD = 0.1  # the reward's weight at the slider's end, beside the squared error
 SHEETS = 0.15  # of the style pictures: four subjects in the look on one sheet, not one subject
 RELOAD = 100  # steps
 SLIDER = (1.0, 5.0)  # `guidance_scale` as the user gives it
@@ -78,12 +83,22 @@ class Batch:
     style: Tensor | None
     prompts: list[str]
     mixed: bool = False  # the two style pictures are of different looks
+    looks: Tensor | None = None  # `(L, E)`: what `LookReward` makes of the shard's looks
+    right: Tensor | None = None  # `(B,)`: which of them is each picture's
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same on a device."""
+        moved: dict[str, Any] = {
+            name: part.to(device) for name, part in vars(self).items() if isinstance(part, Tensor)
+        }
+        return replace(self, **moved)
 
 
 class Shard:
     """One shard of the pool with its latents."""
 
-    def __init__(self, name: str, subjects: list[str], scale: dict[str, float]) -> None:
+    def __init__(self, name: str, subjects: list[str], reward: LookReward | None) -> None:
+        self.name = name
         self.content, self.target = (
             np.load(LATENTS / name / f"{kind}.npy", mmap_mode="r") for kind in ("content", "target")
         )
@@ -92,12 +107,15 @@ class Shard:
         self.subjects = [subjects[row] for row in rows]
         looks = json.loads((POOL / name / "looks.json").read_text())  # "words": family, then colours
         self.looks = [look["words"] for look in looks for _ in range(PICTURES)]
-        self.scale = scale
+        self.reward = reward
 
-    def latents(self, array: np.ndarray, rows: Sequence[int]) -> Tensor:
-        """Unit-normal latents `(B, 16, h, w)`."""
-        raw = torch.from_numpy(array[rows].astype(np.float32))
-        return (raw - self.scale["shift_factor"]) * self.scale["scaling_factor"]
+    @cached_property
+    def look_vectors(self) -> Tensor | None:
+        """Its looks as the reward knows them, `(L, E)`."""
+        if self.reward is None:
+            return None
+        with torch.no_grad(), autocast():
+            return self.reward.describe_looks(unit_normal(self.target).to(device())).float()
 
     def style(self, row: int) -> Tensor:
         """Target picture `row` as the style encoder sees it, `(3, 128, 128)`."""
@@ -140,11 +158,13 @@ class Shard:
                 of = [row, int(rng.integers(len(self.looks)))] if mixed else [row] * styles
                 pictures.append(torch.stack([self.random_style(r, rng) for r in of]))
         return Batch(
-            target=self.latents(self.targets(kind), rows),
-            content=self.latents(self.content, rows) if "content" in kind else None,
+            target=unit_normal(self.targets(kind)[rows]),
+            content=unit_normal(self.content[rows]) if "content" in kind else None,
             style=torch.stack(pictures) if styles else None,
             prompts=prompts,
             mixed=mixed,
+            looks=self.look_vectors if styles and not mixed else None,
+            right=torch.tensor([row // PICTURES for row in rows]),
         )
 
 
@@ -153,14 +173,11 @@ def _as_style(picture: np.ndarray) -> Tensor:
     return torch.from_numpy(small / np.float32(127.5) - 1).permute(2, 0, 1)
 
 
-def load_shards() -> list[Shard]:
-    """The training shards that are encoded, of pictures of NATIVE_SIDE."""
+def load_shards(known: list[Shard], reward: LookReward | None, kind: type[Shard] = Shard) -> list[Shard]:
+    """The training shards that are encoded by now, of pictures of NATIVE_SIDE, beside those already known."""
     subjects = [subject["name"] for subject in json.loads((POOL / "subjects.json").read_text())]
-    scale = json.loads((LATENTS / "scale.json").read_text())
-    return [
-        Shard(path.name, subjects, scale)
-        for path in sorted(LATENTS.glob(f"train-*-{NATIVE_SIDE}x{NATIVE_SIDE}"))
-    ]
+    names = {path.name for path in LATENTS.glob(f"train-*-{NATIVE_SIDE}x{NATIVE_SIDE}")}
+    return known + [kind(name, subjects, reward) for name in sorted(names - {shard.name for shard in known})]
 
 
 def draw_batch(shards: list[Shard], rng: np.random.Generator, size: int, *, guided: bool) -> Batch:
@@ -170,7 +187,7 @@ def draw_batch(shards: list[Shard], rng: np.random.Generator, size: int, *, guid
     if guided and rng.random() < MIXED:
         kind = "content + mixed styles"
     rows = rng.choice(len(shard.targets(kind)), size, replace=False)
-    return shard.batch(kind, rows.tolist(), rng)
+    return shard.batch(kind, rows.tolist(), rng).to(device())
 
 
 class Nano(nn.Module):
@@ -195,18 +212,23 @@ class Nano(nn.Module):
     def encode_prompts(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """T5 states `(B, T, D)` and pooled CLIP `(B, P)`; equal prompts are encoded once."""
         unique = sorted(set(prompts))
-        index = torch.tensor([unique.index(prompt) for prompt in prompts])
+        place = self.transformer.device
+        index = torch.tensor([unique.index(prompt) for prompt in prompts], device=place)
         clip, t5 = self.tokenizers
         t5_ids = t5(
             unique, padding="max_length", truncation=True, max_length=MAX_SEQUENCE_LENGTH, return_tensors="pt"
         ).input_ids
         # Causal, and read at its end: CLIP needs no padding to 77 here.
         clip_ids = clip(unique, padding=True, truncation=True, return_tensors="pt").input_ids
-        states = self.conditioning["text_encoder_2"](t5_ids).last_hidden_state
-        pooled = self.conditioning["text_encoder"](clip_ids).pooler_output
+        states = self.conditioning["text_encoder_2"](t5_ids.to(place)).last_hidden_state
+        pooled = self.conditioning["text_encoder"](clip_ids.to(place)).pooler_output
         return states[index], pooled[index]
 
-    def encode_style(self, pictures: Tensor) -> Tensor:
+    def references(self, content: Tensor | None, style: Tensor | None) -> list[Tensor]:
+        """The pictures that stand beside the noise as latents: the content alone."""
+        return [] if content is None else [content]
+
+    def encode_style(self, pictures: Tensor) -> Tensor | None:
         """`(B, S, 3, H, W)` pictures to tokens `(B, S * K, hidden)`."""
         hidden_states = self.conditioning["image_encoder"](
             pictures.flatten(0, 1), output_hidden_states=True
@@ -228,12 +250,11 @@ class Nano(nn.Module):
         """Velocity `(B, N, 64)` of noisy `latents` `(B, 16, h, w)` at `sigma` `(B,)`."""
         states, pooled = self.encode_prompts(prompts)
         self.style_tokens = None if style is None else self.encode_style(style)
-        tokens = pack_latents(latents)
-        length, grid = tokens.shape[1], (latents.shape[2] // 2, latents.shape[3] // 2)
-        ids = [position_ids(*grid)]
-        if content is not None:
-            tokens = torch.cat([tokens, pack_latents(content)], dim=1)
-            ids += reference_position_ids(grid, [(content.shape[2] // 2, content.shape[3] // 2)])
+        pictures = [latents, *self.references(content, style)]
+        grids = [(picture.shape[2] // 2, picture.shape[3] // 2) for picture in pictures]
+        tokens = torch.cat([pack_latents(picture) for picture in pictures], dim=1)
+        length = grids[0][0] * grids[0][1]
+        ids = [position_ids(*grids[0]), *reference_position_ids(grids[0], grids[1:])]
         text_length = states.shape[1] + (0 if self.style_tokens is None else self.style_tokens.shape[1])
         return self.transformer(
             hidden_states=tokens,
@@ -241,8 +262,8 @@ class Nano(nn.Module):
             guidance=slider,
             pooled_projections=pooled,
             encoder_hidden_states=states,
-            txt_ids=torch.zeros(text_length, 3),
-            img_ids=torch.cat(ids),
+            txt_ids=torch.zeros(text_length, 3, device=latents.device),
+            img_ids=torch.cat(ids).to(latents.device),
             return_dict=False,
         )[0][:, :length]
 
@@ -288,19 +309,28 @@ def guided_velocity(
     return velocity + (guidance_weight(slider) - 1)[:, None, None] * (full - empty)
 
 
-def loss_of(model: Nano, batch: Batch, teacher: Nano | None) -> Tensor:
-    """Mean squared error of the velocity at random noise levels; with a teacher, of the guided velocity."""
+def loss_of(model: Nano, batch: Batch, teacher: Nano | None, reward: LookReward | None) -> Tensor:
+    """Mean squared error of the velocity at random noise levels; with a teacher, of the guided velocity.
+
+    Then with a reward: the predicted picture shall be found in its look, the more the slider asks for it.
+    """
     clean, noise = batch.target, torch.randn_like(batch.target)
     # Logit-normal, well above the middle: near 1 the conditions alone decide what the picture becomes.
-    sigma = torch.sigmoid(1.3 * torch.randn(len(clean)) + 1.2)
+    sigma = torch.sigmoid(1.3 * torch.randn(len(clean), device=clean.device) + 1.2)
     noisy = torch.lerp(clean, noise, sigma[:, None, None, None])
     velocity = pack_latents(noise - clean)
-    slider = torch.full((len(clean),), SLIDER[0])
+    slider = torch.full_like(sigma, SLIDER[0])
     if teacher is not None:
         slider.uniform_(*SLIDER)
         velocity = guided_velocity(teacher, noisy, sigma, slider, velocity, batch)
     output = model(noisy, sigma, slider, content=batch.content, style=batch.style, prompts=batch.prompts)
-    return F.mse_loss(output.float(), velocity.float())
+    loss = F.mse_loss(output.float(), velocity.float())
+    if teacher is None or reward is None or batch.looks is None or batch.right is None:
+        return loss
+    pixels = [8 * side for side in clean.shape[-2:]]
+    predicted = noisy - sigma[:, None, None, None] * unpack_latents(output, height=pixels[0], width=pixels[1])
+    found = reward.loss(predicted, batch.looks, batch.right)
+    return loss + REWARD * ((slider - SLIDER[0]) / (SLIDER[1] - SLIDER[0]) * found).mean()
 
 
 def prepare_tokenizers(init: Path | None) -> None:
@@ -320,13 +350,17 @@ def train(
     init: Path | None,
     checkpoint: Path,
     seed: int,
+    nano: type[Nano] = Nano,
+    shard: type[Shard] = Shard,
 ) -> None:
     """One process's work."""
-    model, teacher = Nano(TOKENIZERS), Nano(TOKENIZERS).requires_grad_(False)
+    model, teacher = nano(TOKENIZERS), nano(TOKENIZERS).requires_grad_(False)
+    reward = load_reward(REWARD_CHECKPOINT).to(device()) if REWARD_CHECKPOINT.exists() else None
     if init:
         model.load_exported(init)
     elif STYLE_CHECKPOINT.exists():
         model.load_state_dict(load_style_path(STYLE_CHECKPOINT), strict=False)
+    model, teacher = model.to(device()), teacher.to(device())
     run = Run(model, model.optimizer(lr), lr=lr, minutes=minutes, checkpoint=checkpoint)
     rng = data_rng(seed, run.step)
     torch.manual_seed(int(rng.integers(2**31)))
@@ -336,13 +370,13 @@ def train(
     bar = tqdm(total=100, disable=dist.get_rank() > 0, mininterval=10)
     while run.progress < 1:
         if run.step % RELOAD == 0 or not shards:  # what `training.latents` has encoded meanwhile
-            shards = load_shards()
+            shards = load_shards(shards, reward, shard)
         guided = run.progress > distill_from and run.step % 2 == 0
         batch = draw_batch(shards, rng, size, guided=guided)
         if guided:
             teacher.load_state_dict(dict(zip(names, run.average, strict=True)), strict=False)
         with autocast():
-            loss = loss_of(model, batch, teacher if guided else None)
+            loss = loss_of(model, batch, teacher if guided else None, reward)
         run.update(loss)
         smooth = loss.item() if smooth is None else 0.99 * smooth + 0.01 * loss.item()
         bar.n = round(100 * run.progress)
@@ -362,7 +396,7 @@ if __name__ == "__main__":
         help="part of the run from which on every second batch learns guidance; 1: never (default 0.7)",
     )
     parser.add_argument("--init", type=Path, help="diffusers folder to start from, such as assets/nano")
-    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--processes", type=int, help="default: the GPUs, or 2 without one")
     parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args()
     prepare_tokenizers(a.init)

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from training.data import CACHE
-from training.loop import MuonAdamW, Run, averaged_weights, data_rng, launch
+from training.loop import MuonAdamW, Run, averaged_weights, data_rng, device, launch
 from training.models import NANO, build_vae
 from training.pool import POOL
 
@@ -75,7 +75,7 @@ def train(minutes: float, batch: int, lr: float, checkpoint: Path, seed: int) ->
         for path in folders
         for name in ("target.npy", "target.npy", "content.npy")
     ]
-    vae = build_vae().to(memory_format=torch.channels_last)
+    vae = build_vae().to(device(), memory_format=torch.channels_last)
     matrices = [p for p in vae.parameters() if p.ndim == 4 and min(p.shape[:2]) > 4]
     others = [p for p in vae.parameters() if not (p.ndim == 4 and min(p.shape[:2]) > 4)]
     run = Run(vae, MuonAdamW(matrices, others, lr), lr=lr, minutes=minutes, checkpoint=checkpoint)
@@ -84,7 +84,7 @@ def train(minutes: float, batch: int, lr: float, checkpoint: Path, seed: int) ->
     while run.progress < 1:
         # Small crops give more steps; the last third learns whole pictures, as they will come.
         size = 64 if run.progress < 2 / 3 else 128
-        target = draw_crops(shards, rng, batch=batch if size == 64 else batch // 4, size=size)
+        target = draw_crops(shards, rng, batch=batch if size == 64 else batch // 4, size=size).to(device())
         mean, logvar = encode(vae, target)
         output = vae.decoder(mean + (0.5 * logvar).exp() * torch.randn_like(mean))
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
@@ -115,7 +115,7 @@ if __name__ == "__main__":
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--batch", type=int, default=16, help="64 px crops a process and step")
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--processes", type=int, help="default: the GPUs, or 2 without one")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     launch(
