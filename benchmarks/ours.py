@@ -16,7 +16,7 @@ from benchmarks.worker import Clock, serve, take_stdout
 from uso import load_pipeline
 from uso.model import checkpoints, keymaps, plans
 from uso.model.pipeline import USOPipeline
-from uso.model.tuning import compile_blocks
+from uso.model.tuning import compile_blocks, give_back
 from uso.model.variants import DEV, with_numbers_of
 from uso.model.weights import Plan, Weights
 from uso.serve.device import Device
@@ -110,6 +110,7 @@ def main() -> None:
         finally:
             hook.remove()
             del pipe.decode
+            give_back()  # as a server does after each picture
         return image, kept[0]
 
     serve(

@@ -1,5 +1,8 @@
 """Fused projections, compiled blocks and attention backends: the same pictures, and no way into a corner."""
 
+import platform
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +87,96 @@ def test_compiled_blocks_have_one_set_of_graphs_for_all_pictures(pipe: USOPipeli
     assert close(draw(pipe), expected)
     draw(pipe, width=96, height=32, num_inference_steps=1)
     assert counter.frame_count == graphs
+
+
+@pytest.fixture
+def onednn(pipe: USOPipeline, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The transformer, its products by oneDNN though they are small."""
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("a torch without oneDNN")
+    monkeypatch.setattr(tuning, "ONEDNN_WIDTH", 1)
+    tuning.use_onednn(pipe.transformer)
+    return pipe.transformer
+
+
+def products(pipe: USOPipeline) -> set[str]:
+    """Which operations make those of a picture."""
+    with torch.profiler.profile() as profile:
+        draw(pipe, num_inference_steps=1)
+    return {event.key for event in profile.key_averages()} & {"aten::addmm", "mkldnn::_linear_pointwise"}
+
+
+def test_small_products_are_left_to_torch(pipe: USOPipeline) -> None:
+    tuning.tune(pipe.transformer, torch.device("cpu"))
+    assert products(pipe) == {"aten::addmm"}
+
+
+def test_products_by_onednn_give_the_same_picture(onednn: Any, pipe: USOPipeline, expected: Tensor) -> None:
+    assert "mkldnn::_linear_pointwise" in products(pipe)
+    assert close(draw(pipe), expected)
+
+
+def test_a_lora_counts_beside_onednn(onednn: Any, pipe: USOPipeline, tiny_folder: Path) -> None:
+    lora = {
+        "pretrained_model_name_or_path_or_dict": GOLDENS / "weights",
+        "weight_name": "dit_lora.safetensors",
+    }
+    other = USOPipeline.from_pretrained(tiny_folder)
+    other.set_progress_bar_config(disable=True)
+    for each in (pipe, other):
+        each.load_lora_weights(**lora)
+    assert "mkldnn::_linear_pointwise" in products(pipe)
+    assert close(draw(pipe), draw(other))
+
+
+def test_gradients_go_through_torchs_products(onednn: Any) -> None:
+    layer = onednn.single_transformer_blocks[0].proj_mlp.requires_grad_(True)
+    layer(torch.ones(1, layer.in_features)).sum().backward()
+    assert layer.weight.grad is not None
+
+
+def test_compiled_blocks_have_torchs_products(onednn: Any, pipe: USOPipeline, expected: Tensor) -> None:
+    counter = CompileCounter()
+    targets = set()
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        targets.update(str(node.target) for node in graph.graph.nodes)
+        return counter(graph, inputs)
+
+    tuning.compile_blocks(pipe, backend=backend)
+    graphs = counter.frame_count
+    assert 0 < graphs <= 3 * 2
+    assert not any("mkldnn" in target for target in targets), "inductor wants weights that it has packed"
+    assert close(draw(pipe), expected)
+    draw(pipe, content_image=None, num_inference_steps=1)
+    assert counter.frame_count == graphs
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_freed_buffers_are_kept_until_they_are_given_back() -> None:
+    program = """
+import resource, threading, torch
+from uso.model.tuning import give_back, keep_buffers
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() - before
+
+def use():  # 100 MB, in a thread, as a server draws
+    thread = threading.Thread(target=lambda: torch.zeros(100 * 2**20, dtype=torch.uint8).fill_(1))
+    thread.start()
+    thread.join()
+    return resident()
+
+keep_buffers()
+before = 0
+before = resident()
+print(use(), use(), give_back() or resident())
+"""
+    run = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    once, twice, after = (int(part) / 2**20 for part in run.stdout.split())
+    assert once > 95, "kept"
+    assert twice < once + 50, "used again"
+    assert after < 50
 
 
 def test_without_a_compiler_nothing_changes(

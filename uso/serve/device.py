@@ -30,7 +30,7 @@ from uso.images import OWN_SIZE_MAX, with_long_side
 from uso.model import devices
 from uso.model.geometry import unpack_latents
 from uso.model.modes import Footprint, MemoryMode, Picture
-from uso.model.tuning import compile_blocks, tune, uncompile_blocks
+from uso.model.tuning import compile_blocks, give_back, tune, uncompile_blocks
 from uso.serve.cost import Demand
 from uso.serve.staging import Staging
 from uso.serve.work import Drawn, Event, Phase, Progress, Sizes, Work
@@ -276,6 +276,7 @@ class _Drawing:
                 hook.remove()
             if self.device.staging:
                 self.device.staging.release()
+            give_back()
 
     def _call(self) -> Image.Image:
         work = self.work
