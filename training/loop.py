@@ -8,6 +8,7 @@ a run fits its time on any machine.
 import math
 import os
 import random
+import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -53,6 +54,8 @@ def launch(worker: Callable[..., None], *args: Any, processes: int | None, seed:
 def _enter(
     rank: int, worker: Callable[..., None], args: tuple[Any, ...], processes: int, group: str, seed: int
 ) -> None:
+    # torch sends it when the parent dies; a background process is born deaf to it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
     if device().type == "cuda":
         torch.cuda.set_device(rank)
