@@ -21,6 +21,7 @@ from uso.errors import CheckpointError, InputError
 from uso.metadata import read_parameters
 from uso.model.checkpoints import load_pipeline
 from uso.model.style_projector import StyleProjector
+from uso.model.windows import Windows
 from uso.schema import parse_request
 from uso.serve import engine as engine_module
 from uso.serve.engine import FINAL, Busy, Engine, Job, Origin
@@ -56,16 +57,18 @@ class FakePipeline:
             for index in range(num_inference_steps):
                 if self._interrupt:
                     break
-                latents = latents + self.transformer(latents)[0]
+                prediction = self.transformer(latents)[0]
+                latents = latents + prediction
                 self.step(index)
-                latents = rest["callback_on_step_end"](self, index, None, {"latents": latents})["latents"]
+                tensors = {"latents": latents, "noise_pred": prediction}
+                latents = rest["callback_on_step_end"](self, index, None, tensors)["latents"]
             assert rest["output_type"] == "pt"
             return SimpleNamespace(images=torch.full((1, 3, height, width), self.image_value))
         finally:
             self.inside -= 1
 
-    def native_size(self, pixels: int) -> int:
-        return pixels
+    def windows(self, width: int, height: int) -> Windows:
+        return Windows.over(width, height, scale=1.0, side=None)
 
     def cut(self, pixels: torch.Tensor, **shape: int) -> torch.Tensor:
         return pixels

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tests.parity import GOLDENS, load, picture
 from uso.errors import Cancelled, ImageError
-from uso.images import fit_into_square, to_rgb
+from uso.images import fit_into, to_rgb
 from uso.model.pipeline import USOPipeline
 
 CONTENT, STYLE, SECOND_STYLE = picture("land"), picture("styleA"), picture("styleB")
@@ -299,21 +299,48 @@ def test_native_scale_draws_small_and_enlarges(pipe: USOPipeline) -> None:
         draw(pipe, content_image=Image.new("RGB", (200, 100)), content_long_size=64)
 
 
-def test_native_side_draws_a_square_and_cuts_the_shape_from_it(pipe: USOPipeline) -> None:
+def test_native_side_draws_a_square_and_other_shapes_in_windows(pipe: USOPipeline) -> None:
     pipe.register_to_config(native_scale=0.25, native_side=64)
-    assert draw(pipe, width=256, height=128).shape == (1, 16, 64)
-    assert draw(pipe, width=256, height=128, output_type="pil")[0].size == (256, 128)
-    square, wide = (draw(pipe, width=w, height=128, output_type="pt")[0] for w in (128, 256))
-    assert square.shape == (3, 128, 128)
-    assert wide.shape == (3, 128, 256)
-    grid = torch.arange(8 * 8).view(1, 8, 8)
-    assert torch.equal(pipe.cut(grid, width=256, height=128), grid[:, 2:6])
-    assert torch.equal(pipe.cut(grid, width=128, height=256), grid[:, :, 2:6])
+    assert draw(pipe, width=128, height=128).shape == (1, 16, 64)
+    assert draw(pipe, width=256, height=128).shape == (1, 32, 64)
+    for width, height in ((128, 128), (256, 128), (128, 272)):
+        assert draw(pipe, width=width, height=height, output_type="pil")[0].size == (width, height)
+    grid = torch.arange(12 * 8).view(1, 12, 8)  # 96x64 pixels, of which 80x64 have the proportions
+    assert torch.equal(pipe.cut(grid, width=128, height=160), grid[:, 1:11])
     framed = Image.new("RGB", (100, 100), "red")
     framed.paste("blue", (10, 10, 90, 90))
-    fitted = fit_into_square(framed, shape=(256, 128), side=64)  # whole, within 64x32, so 32x32
-    assert fitted.getchannel("B").point(lambda value: 255 * (value > 127)).getbbox() == (19, 19, 45, 45)
-    assert {fitted.getpixel(corner) for corner in ((0, 0), (63, 0), (0, 63), (63, 63))} == {(255, 0, 0)}
+    fitted = fit_into(framed, shape=(160, 64), size=(192, 64))  # whole, in the middle: 64x64
+    assert fitted.size == (192, 64)
+    assert fitted.getchannel("B").point(lambda value: 255 * (value > 127)).getbbox() == (70, 6, 122, 58)
+    assert {fitted.getpixel(corner) for corner in ((0, 0), (191, 0), (0, 63), (191, 63))} == {(255, 0, 0)}
+
+
+def test_a_window_sees_what_lies_under_it(pipe: USOPipeline) -> None:
+    """One step: outside of overlaps a token is what its square alone would give, inside a mean."""
+    random = torch.Generator().manual_seed(0)
+    latents = torch.randn(1, 2, 4, 64, generator=random)  # rows and columns of tokens
+    content = torch.randn(1, 16, 4, 8, generator=random)
+    options: dict[str, Any] = {"content_image": None, "num_inference_steps": 1, "generator": None}
+    pipe.register_to_config(native_side=32)
+
+    def square(column: int) -> Tensor:
+        """The picture of the window that begins there, `(1, 2, 2, 64)`."""
+        return draw(
+            pipe, width=32, height=32, latents=latents[:, :, column : column + 2].flatten(1, 2),
+            content_latents=[content[..., 2 * column : 2 * column + 4]], **options,
+        ).view(1, 2, 2, 64)  # fmt: skip
+
+    whole = draw(
+        pipe, width=64, height=32, latents=latents.flatten(1, 2), content_latents=[content], **options
+    ).view(1, 2, 4, 64)
+    left, middle, right = map(square, range(3))
+    assert close(whole[:, :, 0], left[:, :, 0])
+    assert close(whole[:, :, 1], (left[:, :, 1] + middle[:, :, 0]) / 2)
+    assert close(whole[:, :, 3], right[:, :, 1])
+    assert not close(left[:, :, 1], middle[:, :, 0])
+    with pytest.raises(ValueError, match="those of 64x32 pixels, which are 8 tokens, got 4"):
+        draw(pipe, width=64, height=32, content_latents=[content[..., :4]], **options)
+    assert is_clean(pipe)
 
 
 def test_sizes_absent_or_half_given(pipe: USOPipeline) -> None:
@@ -340,7 +367,10 @@ def test_sizes_absent_or_half_given(pipe: USOPipeline) -> None:
         ({"style_images": [STYLE, 3]}, "`style_images` must be a PIL picture or a list of them, got int"),
         ({"content_latents": []}, "not both"),
         ({"output_type": "jpg"}, "`output_type` must be one of pil, np, pt, latent, got 'jpg'"),
-        ({"callback_on_step_end_tensor_inputs": ["noise"]}, "may hold \\['latents'\\], got \\['noise'\\]"),
+        (
+            {"callback_on_step_end_tensor_inputs": ["noise"]},
+            "may hold \\['latents', 'noise_pred'\\], got \\['noise'\\]",
+        ),
         ({"latents": torch.zeros(1, 5, 64)}, "`latents` must have shape \\(1, 12, 64\\), got \\(1, 5, 64\\)"),
     ],
 )

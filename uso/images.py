@@ -160,27 +160,27 @@ def _through_profile(image: Image.Image, icc: bytes) -> Image.Image:
         return image
 
 
-def fit_into_square(image: Image.Image, *, shape: tuple[int, int], side: int) -> Image.Image:
-    """The whole picture in the middle of a square of `side` pixels, within the part of it that has the
-    proportions of `shape` (width, height); its edges fill the rest. For a model that draws squares alone."""
-    longest = max(shape)
-    scale = side / longest * min(shape[0] / image.width, shape[1] / image.height)
+def fit_into(image: Image.Image, *, shape: tuple[int, int], size: tuple[int, int]) -> Image.Image:
+    """The whole picture in the middle of `size`, within the part of it that has the proportions of `shape`;
+    its edges fill the rest. `shape` and `size` are (width, height)."""
+    box = min(size[0] / shape[0], size[1] / shape[1])
+    scale = box * min(shape[0] / image.width, shape[1] / image.height)
     fitted = image.resize(
         (max(round(image.width * scale), 1), max(round(image.height * scale), 1)), Image.Resampling.LANCZOS
     )
-    left, top = (side - fitted.width) // 2, (side - fitted.height) // 2
+    left, top = (size[0] - fitted.width) // 2, (size[1] - fitted.height) // 2
     right, bottom = left + fitted.width, top + fitted.height
-    square = Image.new("RGB", (side, side))
-    square.paste(fitted, (left, top))
+    canvas = Image.new("RGB", size)
+    canvas.paste(fitted, (left, top))
     for edge, bar in (  # rows first, then columns over the whole height
         ((left, top, right, top + 1), (left, 0, right, top)),
-        ((left, bottom - 1, right, bottom), (left, bottom, right, side)),
-        ((left, 0, left + 1, side), (0, 0, left, side)),
-        ((right - 1, 0, right, side), (right, 0, side, side)),
+        ((left, bottom - 1, right, bottom), (left, bottom, right, size[1])),
+        ((left, 0, left + 1, size[1]), (0, 0, left, size[1])),
+        ((right - 1, 0, right, size[1]), (right, 0, size[0], size[1])),
     ):
         if bar[0] < bar[2] and bar[1] < bar[3]:
-            square.paste(square.crop(edge).resize((bar[2] - bar[0], bar[3] - bar[1])), bar)
-    return square
+            canvas.paste(canvas.crop(edge).resize((bar[2] - bar[0], bar[3] - bar[1])), bar)
+    return canvas
 
 
 def with_long_side(size: tuple[int, int], long_side: int) -> tuple[int, int]:

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from uso.model.windows import Windows
+
 MemoryMode = Literal["full", "staged", "offload"]
 Quantization = Literal["none", "int8", "int4"]
 MEMORY_MODES: tuple[MemoryMode, ...] = get_args(MemoryMode)  # from fast and large to slow and small
@@ -182,10 +184,14 @@ class Footprint:
         return self._most(memory, beside) + HEADROOM
 
     def tokens(self, picture: Picture) -> int:
-        """Length of the transformer's sequence: style, text, picture and content tokens."""
-        sizes = [(picture.width, picture.height), *picture.content]
-        images = sum(self._native(w) * self._native(h) // TOKEN_PIXELS for w, h in sizes)
-        return self.text_tokens + picture.styles * self.style_tokens + images
+        """Length of the transformer's sequence in a window: style, text, picture and content tokens."""
+        windows = self.windows(picture)
+        parts = [windows.window] * len(picture.content) if self.native_side else self._content(picture)
+        content = sum(width * height // TOKEN_PIXELS for width, height in parts)
+        return self.text_tokens + picture.styles * self.style_tokens + windows.tokens + content
+
+    def windows(self, picture: Picture) -> Windows:
+        return Windows.over(picture.width, picture.height, scale=self.native_scale, side=self.native_side)
 
     def _most(self, memory: MemoryMode, beside: Mapping[str, int]) -> int:
         if memory == "full":
@@ -197,19 +203,23 @@ class Footprint:
         # The peak is in a block's rotary embedding: residual, norm, MLP (4), q, k and v are held, and four
         # float32 copies of q, or six of its own kind. turbo keeps three more states of the sequence.
         numbers = max(9 * self.itemsize + 4 * 4, 15 * self.itemsize) + 3 * turbo * self.itemsize
-        return self.tokens(picture) * self.hidden * numbers
+        return len(self.windows(picture)) * self.tokens(picture) * self.hidden * numbers
 
     def vae_activations(self, picture: Picture) -> int:
         # At full size: decoding three tensors of the second-finest width, encoding five of the finest
         finest, second = self.vae_widths
-        decoding = 3 * second * self._native(picture.width) * self._native(picture.height)
-        encoding = max(
-            (5 * finest * self._native(w) * self._native(h) for w, h in picture.content), default=0
-        )
+        windows = self.windows(picture)
+        decoding = 3 * second * windows.width * windows.height
+        encoding = max((5 * finest * width * height for width, height in self._content(picture)), default=0)
         return max(decoding, encoding) * self.vae_itemsize
 
-    def _native(self, pixels: int) -> int:
-        return self.native_side or round(pixels * self.native_scale)
+    def _content(self, picture: Picture) -> list[tuple[int, int]]:
+        """Sizes at which content pictures are encoded."""
+        if self.native_side:
+            windows = self.windows(picture)
+            return [(windows.width, windows.height)] * len(picture.content)
+        scale = self.native_scale
+        return [(round(width * scale), round(height * scale)) for width, height in picture.content]
 
 
 def choose_memory(footprint: Footprint, free: float) -> tuple[MemoryMode, str]:

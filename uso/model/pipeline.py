@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer, SiglipVisionModel, T5EncoderModel, T5TokenizerFast
 
-from uso.images import OWN_SIZE_MAX, fit_into_square, prepare_content, to_rgb
+from uso.images import OWN_SIZE_MAX, fit_into, prepare_content, to_rgb
 from uso.model.geometry import (
     PIXELS_PER_TOKEN,
     pack_latents,
@@ -32,6 +32,7 @@ from uso.model.once import ConditioningCache, precomputed
 from uso.model.scheduler import USOFlowMatchEulerScheduler
 from uso.model.style_projector import StyleProjector
 from uso.model.tuning import fuse_qkv, split_qkv
+from uso.model.windows import Windows, round_to_tokens
 from uso.schema import resolve_size
 
 Callback = Callable[["USOPipeline", int, Tensor, dict[str, Tensor]], dict[str, Tensor]]
@@ -57,12 +58,12 @@ class USOPipeline(DiffusionPipeline, FluxLoraLoaderMixin):
         image_encoder: SigLIP's vision tower, for style pictures.
         style_projector: SigLIP's hidden states to style tokens.
         native_scale: fraction of the asked size at which the model draws, before enlarging (FLUX: 1).
-        native_side: side in pixels of the only square that a model draws; other shapes are cut from it.
+        native_side: side in pixels of the only square that a model draws; other shapes are drawn in several.
         max_sequence_length: T5 tokens of a prompt; shorter ones are padded, longer ones cut.
     """
 
     model_cpu_offload_seq = "text_encoder->text_encoder_2->image_encoder->style_projector->transformer->vae"
-    _callback_tensor_inputs: ClassVar[list[str]] = ["latents"]
+    _callback_tensor_inputs: ClassVar[list[str]] = ["latents", "noise_pred"]
 
     def __init__(
         self,
@@ -136,11 +137,12 @@ class USOPipeline(DiffusionPipeline, FluxLoraLoaderMixin):
             content_long_size: long side in pixels at which content pictures are encoded; 0 is their own,
                 at most 1024.
             generator: source of the noise, on its own device (official pictures: on the compute device).
-            latents: starting noise instead, packed, `(1, height/16 * width/16, 64)` at native scale.
-            content_latents: content pictures already encoded, each `(1, 16, h/8, w/8)`, scaled and shifted.
+            latents: starting noise instead, packed, `(1, height/16 * width/16, 64)` of what `windows` tells.
+            content_latents: content pictures already encoded, each `(1, 16, h/8, w/8)`, scaled and shifted;
+                drawn in several windows, of the size that `windows` tells.
             callback_on_step_end: `callback(pipe, step, timestep, tensors) -> tensors` after each step; what
                 it raises ends the call and leaves the pipeline usable.
-            callback_on_step_end_tensor_inputs: of `_callback_tensor_inputs`.
+            callback_on_step_end_tensor_inputs: of `_callback_tensor_inputs`; "noise_pred" is the velocity.
             output_type: "pil", "np" `(1, H, W, 3)` and "pt" `(1, 3, H, W)` in [0, 1], or "latent" (packed).
             return_dict: False gives `(images,)` in place of a `USOPipelineOutput`.
 
@@ -172,7 +174,7 @@ class USOPipeline(DiffusionPipeline, FluxLoraLoaderMixin):
         self._interrupt = False
         device = self._execution_device
         dtype = self.transformer.dtype
-        native_width, native_height = self.native_size(width), self.native_size(height)
+        windows = self.windows(width, height)
 
         try:
             # 2. Encode the prompt
@@ -180,6 +182,10 @@ class USOPipeline(DiffusionPipeline, FluxLoraLoaderMixin):
 
             # 3. Encode the style pictures
             style_tokens = self.encode_style(style_images, device=device, dtype=dtype)
+            if len(windows) > 1:  # each has the same words and the same looks
+                prompt_embeds = prompt_embeds.expand(len(windows), -1, -1)
+                if style_tokens is not None:
+                    style_tokens = style_tokens.expand(len(windows), -1, -1)
 
             # 4. Encode the content pictures
             if content_latents is None:
@@ -189,19 +195,22 @@ class USOPipeline(DiffusionPipeline, FluxLoraLoaderMixin):
                     )
                     for image in content_images
                 ]
-            content_tokens = [pack_latents(reference.to(device, dtype)) for reference in content_latents]
+            content_tokens = [
+                windows.split(pack_latents(reference.to(device, dtype))) for reference in content_latents
+            ]
 
             # 5. Prepare the noise and the position ids
             latents = self.prepare_latents(
-                width=native_width, height=native_height, device=device, dtype=dtype, generator=generator,
+                width=windows.width, height=windows.height, device=device, dtype=dtype, generator=generator,
                 latents=latents,
             )  # fmt: skip
-            img_ids = self.prepare_img_ids(native_width, native_height, content_latents).to(device)
+            img_ids = self.prepare_img_ids(windows, content_latents).to(device)
             text_length = prompt_embeds.shape[1] + (0 if style_tokens is None else style_tokens.shape[1])
             txt_ids = torch.zeros(text_length, 3, device=device)
 
             # 6. Prepare the timesteps
-            mu = schedule_mu(width=native_width, height=native_height)
+            window_width, window_height = windows.window
+            mu = schedule_mu(width=window_width, height=window_height)
             self.scheduler.set_timesteps(num_inference_steps, device=device, mu=mu)
             guidance = None
             if self.transformer.config.guidance_embeds:
@@ -224,7 +233,7 @@ class USOPipeline(DiffusionPipeline, FluxLoraLoaderMixin):
                     style_tokens=style_tokens,
                     ids=torch.cat([txt_ids, img_ids]),
                 ) as at_step,
-                last_block_for_picture(self.transformer, latents),
+                last_block_for_picture(self.transformer, windows.split(latents)),
                 self.progress_bar(total=num_inference_steps) as progress_bar,
             ):
                 for i, t in enumerate(self.scheduler.timesteps):
@@ -233,7 +242,7 @@ class USOPipeline(DiffusionPipeline, FluxLoraLoaderMixin):
                     at_step(i)
                     with self.transformer.cache_context("cond"):
                         prediction = self.transformer(
-                            hidden_states=torch.cat([latents, *content_tokens], dim=1),
+                            hidden_states=torch.cat([windows.split(latents), *content_tokens], dim=1),
                             timestep=sigmas[i],
                             guidance=guidance,
                             pooled_projections=pooled_prompt_embeds,
@@ -241,10 +250,11 @@ class USOPipeline(DiffusionPipeline, FluxLoraLoaderMixin):
                             txt_ids=txt_ids,
                             img_ids=img_ids,
                             return_dict=False,
-                        )[0][:, : latents.shape[1]]  # (1, N + content, 64) -> (1, N, 64)
+                        )[0][:, : windows.tokens]  # (windows, tokens + content, 64) -> (windows, tokens, 64)
+                    prediction = windows.merge(prediction)  # -> (1, N, 64)
                     latents = self.scheduler.step(prediction, t, latents, return_dict=False)[0]
                     if callback_on_step_end is not None:
-                        tensors = {"latents": latents}
+                        tensors = {"latents": latents, "noise_pred": prediction}
                         changed = callback_on_step_end(
                             self, i, t, {name: tensors[name] for name in tensor_inputs}
                         )
@@ -254,7 +264,7 @@ class USOPipeline(DiffusionPipeline, FluxLoraLoaderMixin):
             # 8. Decode, and enlarge what was drawn at native scale
             images: Any = latents
             if output_type != "latent":
-                pixels = self.decode(latents, width=native_width, height=native_height)
+                pixels = self.decode(latents, width=windows.width, height=windows.height)
                 pixels = self.cut(pixels, width=width, height=height)
                 if pixels.shape[2:] != (height, width):
                     pixels = torch.nn.functional.interpolate(
@@ -329,19 +339,18 @@ class USOPipeline(DiffusionPipeline, FluxLoraLoaderMixin):
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
 
-    def native_size(self, pixels: int) -> int:
-        """The side the model draws for an asked side: `native_scale` of it, a multiple of 16."""
-        if self.config.native_side is not None:
-            return self.config.native_side
-        return _round_to_tokens(pixels * self.config.native_scale)
+    def windows(self, width: int, height: int) -> Windows:
+        """What is drawn for an asked `width` x `height`, and in which windows the model sees it."""
+        return Windows.over(width, height, scale=self.config.native_scale, side=self.config.native_side)
 
     def cut(self, pixels: Tensor, *, width: int, height: int) -> Tensor:
-        """The middle of a `native_side` square `(..., S, S)`, in the proportions of `width` x `height`."""
+        """The middle of what windows drew `(..., h, w)`, in the proportions of `width` x `height`."""
         if self.config.native_side is None:
             return pixels
-        side, longest = pixels.shape[-1], max(width, height)
-        columns, rows = round(side * width / longest), round(side * height / longest)
-        left, top = (side - columns) // 2, (side - rows) // 2
+        drawn_height, drawn_width = pixels.shape[-2:]
+        scale = min(drawn_width / width, drawn_height / height)
+        columns, rows = round(scale * width), round(scale * height)
+        left, top = (drawn_width - columns) // 2, (drawn_height - rows) // 2
         return pixels[..., top : top + rows, left : left + columns]
 
     def encode_prompt(
@@ -403,13 +412,17 @@ class USOPipeline(DiffusionPipeline, FluxLoraLoaderMixin):
     ) -> Tensor:
         """Scaled and shifted latents `(1, 16, h/8, w/8)`: the posterior's mean, one for a picture.
 
-        `shape` (width, height) of the picture to draw only counts for a model that draws squares alone.
+        `shape` (width, height) of the picture to draw only counts for a model with a `native_side`: the
+        picture is fitted into it, and `content_long_size` is that of a square shape, more for a long one.
         """
         image = to_rgb(image)
         long_size = self.native_content_size(image, content_long_size)
         if self.config.native_side is not None:
+            windows = self.windows(*shape)
+            size = windows.width, windows.height
+            long_size = long_size * max(size) // min(size)
             image.thumbnail((long_size, long_size), Image.Resampling.LANCZOS)
-            prepared = fit_into_square(image, shape=shape, side=self.config.native_side)
+            prepared = fit_into(image, shape=shape, size=size)
         else:
             prepared = prepare_content(image, long_size)
         pixels = self.image_processor.preprocess(prepared)  # (1, 3, h, w) in [-1, 1]
@@ -424,7 +437,7 @@ class USOPipeline(DiffusionPipeline, FluxLoraLoaderMixin):
         if self.config.native_scale == 1:
             return content_long_size
         long_size = content_long_size or min(max(image.size), OWN_SIZE_MAX)
-        return _round_to_tokens(long_size * self.config.native_scale)
+        return round_to_tokens(long_size * self.config.native_scale)
 
     def prepare_latents(
         self,
@@ -451,10 +464,13 @@ class USOPipeline(DiffusionPipeline, FluxLoraLoaderMixin):
             raise ValueError(f"`latents` must have shape {shape}, got {tuple(latents.shape)}")
         return latents.to(device, dtype)
 
-    def prepare_img_ids(self, width: int, height: int, content_latents: list[Tensor]) -> Tensor:
-        """`(tokens, 3)` ids of the target and then of each content picture."""
+    def prepare_img_ids(self, windows: Windows, content_latents: list[Tensor]) -> Tensor:
+        """`(tokens, 3)` ids of a window of the target and then of each content picture, or its part there."""
+        width, height = windows.window
         target = (height // PIXELS_PER_TOKEN, width // PIXELS_PER_TOKEN)
         references = [(latents.shape[2] // 2, latents.shape[3] // 2) for latents in content_latents]
+        if len(windows) > 1:
+            references = [target] * len(content_latents)
         return torch.cat([position_ids(*target), *reference_position_ids(target, references)])
 
     def decode(self, latents: Tensor, *, width: int, height: int) -> Tensor:
@@ -462,11 +478,6 @@ class USOPipeline(DiffusionPipeline, FluxLoraLoaderMixin):
         latents = unpack_latents(latents, width=width, height=height)
         latents = latents.to(self.vae.dtype) / self.vae.config.scaling_factor + self.vae.config.shift_factor
         return self.vae.decode(latents, return_dict=False)[0]
-
-
-def _round_to_tokens(pixels: float) -> int:
-    """The nearest multiple of 16, at least 16."""
-    return max(round(pixels / PIXELS_PER_TOKEN), 1) * PIXELS_PER_TOKEN
 
 
 def _as_list(images: Image.Image | list[Image.Image] | None) -> list[Image.Image]:

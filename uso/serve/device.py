@@ -109,12 +109,13 @@ class Device:
             work.width, work.height, (content,) if content else (), len(sizes.keys() - {"content_image"})
         )
         transformer = self.pipe.transformer.config
-        flop = step_flop(
+        windows = self.footprint.windows(picture)
+        flop = len(windows) * step_flop(
             self.footprint.tokens(picture),
             width=self.footprint.hidden,
             blocks=transformer.num_layers + transformer.num_single_layers,
         )
-        megapixels = self.pipe.native_size(work.width) * self.pipe.native_size(work.height) / 1e6
+        megapixels = windows.width * windows.height / 1e6
         memory = self.footprint.peak(self.memory, picture, turbo=self.turbo)
         return Demand(work.num_steps, flop / 1e12, len(sizes), megapixels, memory)
 
@@ -249,16 +250,12 @@ class _Drawing:
         self.device, self.pipe, self.work = device, device.pipe, work
         self.cancelled, self.keep, self.events = cancelled, keep, events
         self.step = 0
-        self.prediction: Tensor | None = None
         self.began: dict[Phase, float] = {}
         self.previewed = 0.0
 
     def run(self) -> None:
         """Put events, then the picture or the exception."""
-        hooks = [
-            self.pipe.transformer.register_forward_pre_hook(self._before_transformer),
-            self.pipe.transformer.register_forward_hook(self._after_transformer),
-        ]
+        hook = self.pipe.transformer.register_forward_pre_hook(self._before_transformer)
         try:
             self._enter("encoding")
             self.events.put(self._call())
@@ -272,8 +269,7 @@ class _Drawing:
         except Exception as error:
             self.events.put(error)
         finally:
-            for hook in hooks:
-                hook.remove()
+            hook.remove()
             if self.device.staging:
                 self.device.staging.release()
             give_back()
@@ -292,6 +288,7 @@ class _Drawing:
             content_long_size=work.content_long_size,
             generator=generator,
             callback_on_step_end=self._after_step,
+            callback_on_step_end_tensor_inputs=["latents", "noise_pred"],
             output_type="pt",
         ).images[0]  # (3, H, W) in [0, 1]
         if not pixels.isfinite().all():
@@ -315,9 +312,6 @@ class _Drawing:
         if "drawing" not in self.began:
             self._enter("drawing")
 
-    def _after_transformer(self, module: torch.nn.Module, args: Any, output: Any) -> None:
-        self.prediction = output[0]
-
     def _after_step(
         self, pipe: Any, index: int, timestep: Tensor, tensors: dict[str, Tensor]
     ) -> dict[str, Any]:
@@ -331,17 +325,17 @@ class _Drawing:
         if self.cancelled():
             raise Cancelled("Cancelled.")
         # The picture as the model sees it now: x0 = x - sigma * v
-        assert self.prediction is not None
-        clean = latents - pipe.scheduler.sigmas[index + 1].item() * self.prediction[:, : latents.shape[1]]
+        clean = latents - pipe.scheduler.sigmas[index + 1].item() * tensors["noise_pred"]
         kept = self.step < self.work.num_steps and self.keep()
         if kept:
             pipe._interrupt = True
         preview = None
         if (now := time.monotonic()) - self.previewed >= PREVIEW_SECONDS:
             self.previewed = now
-            width, height = pipe.native_size(self.work.width), pipe.native_size(self.work.height)
-            latent_image = unpack_latents(clean, width=width, height=height)[0]
-            preview = pipe.cut(latent_image, width=self.work.width, height=self.work.height).float().cpu()
+            size = self.work.width, self.work.height
+            windows = pipe.windows(*size)
+            latent_image = unpack_latents(clean, width=windows.width, height=windows.height)[0]
+            preview = pipe.cut(latent_image, width=size[0], height=size[1]).float().cpu()
         self.events.put(("drawing", self.step, preview))
         if kept or self.step == self.work.num_steps:
             self._enter("decoding")
