@@ -413,14 +413,16 @@ class USOPipeline(DiffusionPipeline, FluxLoraLoaderMixin):
         """Scaled and shifted latents `(1, 16, h/8, w/8)`: the posterior's mean, one for a picture.
 
         `shape` (width, height) of the picture to draw only counts for a model with a `native_side`: the
-        picture is fitted into it, and `content_long_size` is that of a square shape, more for a long one.
+        picture is fitted into it, and `content_long_size` grows with it where it is larger than in a square.
         """
         image = to_rgb(image)
         long_size = self.native_content_size(image, content_long_size)
         if self.config.native_side is not None:
             windows = self.windows(*shape)
             size = windows.width, windows.height
-            long_size = long_size * max(size) // min(size)
+            # in a long shape a long picture is drawn larger than a square could hold it
+            larger = min(shape[0] / image.width, shape[1] / image.height) * max(image.size) / min(shape)
+            long_size = round(long_size * larger)
             image.thumbnail((long_size, long_size), Image.Resampling.LANCZOS)
             prepared = fit_into(image, shape=shape, size=size)
         else:
