@@ -126,7 +126,7 @@ def test_training_calls_the_model_as_the_pipeline_does(cache: Path) -> None:
         "subject 3, halftone",
         content_image=content,
         style_images=[style, style],
-        height=768,
+        height=512,
         width=512,
         num_inference_steps=1,
         guidance_scale=3.0,
@@ -138,7 +138,7 @@ def test_training_calls_the_model_as_the_pipeline_does(cache: Path) -> None:
         torch.ones(1),
         torch.full((1,), 3.0),
         content=pipeline.encode_content(
-            content, content_long_size=512, shape=(512, 768), device=torch.device("cpu")
+            content, content_long_size=512, shape=(512, 512), device=torch.device("cpu")
         ),
         style=torch.stack([pipeline.style_pixels(style)] * 2, dim=1),
         prompts=["subject 3, halftone"],
