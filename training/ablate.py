@@ -13,6 +13,7 @@ on unseen looks, and the scores of `training.evaluate` on the pictures of the te
 """
 
 import argparse
+import json
 from collections.abc import Sequence
 from functools import partial
 from multiprocessing.pool import ThreadPool
@@ -26,7 +27,7 @@ from torch import Tensor
 from training.data import CACHE
 from training.evaluate import METRICS, SMALL, STEPS, load_small, overall, score
 from training.judges import load_judges
-from training.latents import encode_pictures, unit_normal
+from training.latents import LATENTS, encode_pictures, unit_normal
 from training.loop import autocast, averaged_weights, launch
 from training.models import NANO, build_conditioning
 from training.pool import PICTURES, POOL
@@ -146,10 +147,11 @@ def measure(name: str) -> dict[str, float]:
     nano = RUNS[name][0](TOKENIZERS)
     nano.load_state_dict(averaged_weights(checkpoint_of(name)), strict=False)
     vae = load_vae().to(memory_format=torch.channels_last)
+    vae.register_to_config(**json.loads((LATENTS / "scale.json").read_text()))
     scale, shift = vae.config.scaling_factor, vae.config.shift_factor
 
     def encode(pictures: np.ndarray) -> Tensor:
-        return (torch.from_numpy(encode_pictures(vae, pictures)).float() - shift) * scale
+        return unit_normal(encode_pictures(vae, pictures))
 
     unseen = POOL / "looks-0000-128x128"
     rows = PICTURES * np.arange(UNSEEN)

@@ -148,6 +148,13 @@ class MuonAdamW(torch.optim.Optimizer):
             p.addcdiv_(mean, (state["square"] / (1 - beta2 ** state["step"])).sqrt_().add_(1e-8), value=-lr)
 
 
+def layers_by_muon(model: nn.Module, lr: float) -> MuonAdamW:
+    """Muon for the matrices of an encoder's layers, AdamW for all else."""
+    matrices = [p for name, p in model.named_parameters() if ".layers." in name and p.ndim == 2]
+    others = [p for name, p in model.named_parameters() if not (".layers." in name and p.ndim == 2)]
+    return MuonAdamW(matrices, others, lr)
+
+
 class Run:
     """Time, learning rate, moving average and checkpoints of one training.
 

@@ -18,7 +18,7 @@ from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from training.data import CACHE
 from training.latents import LATENTS, unit_normal
-from training.loop import MuonAdamW, Run, autocast, averaged_weights, data_rng, device, launch
+from training.loop import Run, autocast, averaged_weights, data_rng, device, launch, layers_by_muon
 from training.pool import PICTURES
 from training.style import TEMPERATURE, contrast_loss, found
 
@@ -65,9 +65,7 @@ class LookReward(nn.Module):
 def train(minutes: float, looks: int, lr: float, checkpoint: Path, seed: int) -> None:
     """One process's work: two pictures of each of `looks` looks a step."""
     model = LookReward().to(device())
-    matrices = [p for name, p in model.named_parameters() if ".layers." in name and p.ndim == 2]
-    others = [p for name, p in model.named_parameters() if not (".layers." in name and p.ndim == 2)]
-    run = Run(model, MuonAdamW(matrices, others, lr), lr=lr, minutes=minutes, checkpoint=checkpoint)
+    run = Run(model, layers_by_muon(model, lr), lr=lr, minutes=minutes, checkpoint=checkpoint)
     rng = data_rng(seed, run.step)
     shards = [np.load(path / "target.npy", mmap_mode="r") for path in sorted(LATENTS.glob("train-*"))]
     right: float | None = None

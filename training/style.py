@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from training.data import CACHE
-from training.loop import MuonAdamW, Run, averaged_weights, data_rng, device, launch
+from training.loop import Run, averaged_weights, data_rng, device, launch, layers_by_muon
 from training.models import STYLE_SIZE, build_conditioning
 from training.pool import PICTURES, POOL
 
@@ -85,9 +85,7 @@ def train(minutes: float, looks: int, lr: float, checkpoint: Path, seed: int) ->
     """One process's work: three pictures of each of `looks` looks a step."""
     cv2.setNumThreads(1)
     model = StylePath().to(device())
-    matrices = [p for name, p in model.named_parameters() if ".layers." in name and p.ndim == 2]
-    others = [p for name, p in model.named_parameters() if not (".layers." in name and p.ndim == 2)]
-    run = Run(model, MuonAdamW(matrices, others, lr), lr=lr, minutes=minutes, checkpoint=checkpoint)
+    run = Run(model, layers_by_muon(model, lr), lr=lr, minutes=minutes, checkpoint=checkpoint)
     rng = data_rng(seed, run.step)
     shards = [np.load(path / "target.npy", mmap_mode="r") for path in sorted(POOL.glob("train-*-128x128"))]
     right: np.ndarray | None = None
