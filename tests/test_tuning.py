@@ -170,12 +170,12 @@ def use():  # 100 MB, in a thread, as a server draws
 keep_buffers()
 before = 0
 before = resident()
-print(use(), use(), give_back() or resident())
+print(*(use() for _ in range(8)), give_back() or resident())
 """
     run = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
-    once, twice, after = (int(part) / 2**20 for part in run.stdout.split())
+    once, *more, after = (int(part) / 2**20 for part in run.stdout.split())
     assert once > 95, "kept"
-    assert twice < once + 50, "used again"
+    assert max(more) < 3.5 * once, "used again, though what lies between may want a second or a third"
     assert after < 50
 
 
