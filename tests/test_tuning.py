@@ -16,6 +16,7 @@ from torch._dynamo.testing import CompileCounter
 from tests.parity import GOLDENS, load
 from tests.test_pipeline import CONTENT, SECOND_STYLE, STYLE, close, draw
 from uso.model import tuning
+from uso.model.attention import CPUAttnProcessor
 from uso.model.pipeline import USOPipeline
 
 
@@ -91,11 +92,11 @@ def test_compiled_blocks_have_one_set_of_graphs_for_all_pictures(pipe: USOPipeli
 
 @pytest.fixture
 def onednn(pipe: USOPipeline, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The transformer, its products by oneDNN though they are small."""
+    """The transformer as a CPU has it, its products by oneDNN though they are small."""
     if not torch.backends.mkldnn.is_available():
         pytest.skip("a torch without oneDNN")
     monkeypatch.setattr(tuning, "ONEDNN_WIDTH", 1)
-    tuning.use_onednn(pipe.transformer)
+    tuning.tune(pipe.transformer, torch.device("cpu"))
     return pipe.transformer
 
 
@@ -109,6 +110,23 @@ def products(pipe: USOPipeline) -> set[str]:
 def test_small_products_are_left_to_torch(pipe: USOPipeline) -> None:
     tuning.tune(pipe.transformer, torch.device("cpu"))
     assert products(pipe) == {"aten::addmm"}
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_attention_for_a_cpu_gives_the_same_picture(pipe: USOPipeline, expected: Tensor, fused: bool) -> None:
+    def operations() -> tuple[int, int]:
+        with torch.profiler.profile() as profile:
+            assert close(draw(pipe), expected)
+        calls = {event.key: event.count for event in profile.key_averages()}
+        return sum(calls.values()), calls.get("aten::view_as_complex", 0)
+
+    if fused:
+        pipe.fuse_qkv_projections()
+    diffusers, in_last_block = operations()
+    pipe.transformer.set_attn_processor(CPUAttnProcessor())
+    ours, rotations = operations()
+    assert ours < diffusers
+    assert rotations > in_last_block > 0
 
 
 def test_products_by_onednn_give_the_same_picture(onednn: Any, pipe: USOPipeline, expected: Tensor) -> None:

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from diffusers import FluxTransformer2DModel
 from diffusers.models.attention_dispatch import dispatch_attention_fn
-from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from torch import Tensor
+
+from uso.model.attention import CPUAttnProcessor, rotate
 
 
 @contextmanager
@@ -24,7 +25,7 @@ def last_block_for_picture(transformer: FluxTransformer2DModel, latents: Tensor)
     A block that something else has changed (a step cache, streamed weights, another attention) is left alone.
     """
     block: Any = transformer.single_transformer_blocks[-1]
-    if "forward" in vars(block) or type(block.attn.processor) is not FluxAttnProcessor:
+    if "forward" in vars(block) or type(block.attn.processor) not in (FluxAttnProcessor, CPUAttnProcessor):
         yield
         return
     block.latents = latents  # a number would be a constant of a compiled block
@@ -57,8 +58,8 @@ def _forward(
     # (1, tokens, hidden) -> (1, tokens, heads, width)
     query, key, value = (x.unflatten(-1, (-1, attention.head_dim)) for x in (query, key, value))
     cos, sin = (part.narrow(0, text, count) for part in image_rotary_emb)
-    query = apply_rotary_emb(attention.norm_q(query), (cos, sin), sequence_dim=1)
-    key = apply_rotary_emb(attention.norm_k(key), image_rotary_emb, sequence_dim=1)
+    query = rotate(attention.norm_q(query), (cos, sin))
+    key = rotate(attention.norm_k(key), image_rotary_emb)
     backend = attention.processor._attention_backend
     attended = dispatch_attention_fn(query, key, value, backend=backend).flatten(2, 3)  # (1, N, hidden)
     mlp = block.act_mlp(block.proj_mlp(picture))

@@ -17,10 +17,9 @@ from diffusers.models.transformers.transformer_flux import FluxAttention
 from PIL import Image
 from torch import Tensor, nn
 
-logger = logging.getLogger(__name__)
+from uso.model.attention import FUSED, CPUAttnProcessor
 
-# the fused layer of a `FluxAttention`, and the three it stands for
-FUSED = {"to_qkv": ("to_q", "to_k", "to_v"), "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj")}
+logger = logging.getLogger(__name__)
 
 # a layer of fewer inputs or outputs is no faster in oneDNN
 ONEDNN_WIDTH = 256
@@ -92,6 +91,7 @@ def tune(transformer: FluxTransformer2DModel, device: torch.device) -> None:
     elif device.type == "cpu":
         keep_buffers()
         use_onednn(transformer)
+        transformer.set_attn_processor(CPUAttnProcessor())
 
 
 def use_onednn(transformer: FluxTransformer2DModel) -> None:
