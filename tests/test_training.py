@@ -14,7 +14,7 @@ import torch.distributed as dist
 from diffusers.models.embeddings import apply_rotary_emb
 from PIL import Image
 
-from training import ablate, cpu, export, latents, loop, reward, style, text, train, vae
+from training import ablate, cpu, export, latents, loop, reward, style, text, train, vae, words
 from training.pool import PICTURES
 from uso.model.pipeline import USOPipeline
 
@@ -24,7 +24,7 @@ ONE_STEP = 1e-9  # minutes: over when the first step is done
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A pool of one shard of two looks, and a group of this process alone."""
-    for module in (vae, latents, text, style, reward, train, export, ablate):
+    for module in (vae, latents, text, style, reward, train, export, ablate, words):
         for name, path in (
             ("POOL", "pool"),
             ("LATENTS", "latents"),
@@ -40,6 +40,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(style, "CHECKPOINT", tmp_path / "style.pt")
     for module in (train, ablate):
         monkeypatch.setattr(module, "STYLE_CHECKPOINT", tmp_path / "style.pt")
+    for module in (train, words):
+        monkeypatch.setattr(module, "WORDS_CHECKPOINT", tmp_path / "words.pt")
     for module, name in ((reward, "CHECKPOINT"), (train, "REWARD_CHECKPOINT")):
         monkeypatch.setattr(module, name, tmp_path / "reward.pt")
     monkeypatch.setattr(ablate, "FOLDER", tmp_path)
@@ -155,7 +157,7 @@ def test_a_mix_of_looks_is_learned_as_the_mean_of_both(cache: Path, monkeypatch:
     teacher = train.Nano(train.TOKENIZERS)
     for parameter in teacher.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
-    batch = train.draw_batch(train.load_shards([], None), np.random.default_rng(0), 2, guided=True)
+    batch = train.draw_batch(train.load_shards([], None), {}, np.random.default_rng(0), 2, guided=True)
     assert batch.mixed
     assert batch.style is not None
     noisy, sigma, slider = torch.randn(2, 16, 16, 16), torch.full((2,), 0.9), torch.ones(2)
@@ -171,7 +173,7 @@ def test_a_mix_of_looks_is_learned_as_the_mean_of_both(cache: Path, monkeypatch:
 
 def test_style_path_is_trained_first_and_taken_over(cache: Path) -> None:
     style.train(ONE_STEP, 2, 1e-3, style.CHECKPOINT, 0)
-    trained = style.load_style_path(style.CHECKPOINT)
+    trained = train.encoder_weights(style.CHECKPOINT)
     text.build_tokenizers(train.TOKENIZERS)
     nano = train.Nano(train.TOKENIZERS)
     taken = nano.load_state_dict(trained, strict=False)
@@ -180,6 +182,28 @@ def test_style_path_is_trained_first_and_taken_over(cache: Path) -> None:
     assert not [
         name for name in taken.missing_keys if name in dict(nano.named_parameters()) and "style" in name
     ]
+
+
+def test_text_encoders_are_trained_first_and_stay(cache: Path) -> None:
+    vae.train(ONE_STEP, 4, 1e-3, vae.CHECKPOINT, 0)
+    subjects = np.arange(2 * PICTURES)
+    subjects[1] = 0
+    np.save(cache / "pool" / "train-0000-128x128" / "subject.npy", subjects)
+    latents.encode_pool()
+    latents.write_scale()
+    shards = train.load_shards([], None)
+    plain = latents.unit_normal(shards[0].content)
+    means = train.mean_pictures(shards)
+    assert "subject 1" not in means
+    torch.testing.assert_close(means["subject 0"], (plain[0] + plain[1]) / 2, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(means["subject 2"], plain[2], atol=1e-3, rtol=1e-3)
+    text.build_tokenizers(train.TOKENIZERS)
+    words.train(ONE_STEP, 4, 1e-3, words.WORDS_CHECKPOINT, 0)
+    trained = train.encoder_weights(words.WORDS_CHECKPOINT)
+    assert {name.split(".")[1] for name in trained} == {"text_encoder", "text_encoder_2"}
+    train.train(ONE_STEP, 2, 1e-3, 0.7, None, train.CHECKPOINT, 0)
+    after = loop.averaged_weights(train.CHECKPOINT)
+    assert all(torch.equal(after[name], weight) for name, weight in trained.items())
 
 
 def test_the_reward_asks_for_the_look_as_much_as_the_slider(
@@ -263,7 +287,7 @@ def test_an_ablation_differs_by_what_it_leaves_out(cache: Path) -> None:
             same = torch.equal(module, kept.get_parameter(name))
             assert same or name.startswith(("conditioning.image_encoder", "conditioning.style_projector"))
     weight = "conditioning.image_encoder.embeddings.patch_embedding.weight"
-    trained = style.load_style_path(style.CHECKPOINT)[weight]
+    trained = train.encoder_weights(style.CHECKPOINT)[weight]
     assert torch.equal(aligned.get_parameter(weight), trained)
     assert not torch.equal(unaligned.get_parameter(weight), trained)
 

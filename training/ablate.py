@@ -31,9 +31,17 @@ from training.latents import LATENTS, encode_pictures, unit_normal
 from training.loop import autocast, averaged_weights, launch
 from training.models import NANO, build_conditioning
 from training.pool import PICTURES, POOL
-from training.style import load_style_path
 from training.style import train as align
-from training.train import SLIDER, TOKENIZERS, Nano, Shard, _as_style, prepare_tokenizers, train
+from training.train import (
+    SLIDER,
+    TOKENIZERS,
+    Nano,
+    Shard,
+    _as_style,
+    encoder_weights,
+    prepare_tokenizers,
+    train,
+)
 from training.vae import load_vae
 from uso.model.geometry import pack_latents, schedule_mu, unpack_latents
 from uso.model.scheduler import USOFlowMatchEulerScheduler
@@ -61,7 +69,7 @@ class Aligned(Unaligned):
 
     def load_exported(self, folder: Path) -> None:
         super().load_exported(folder)
-        self.load_state_dict(load_style_path(STYLE_CHECKPOINT), strict=False)
+        self.load_state_dict(encoder_weights(STYLE_CHECKPOINT), strict=False)
 
 
 class OnePath(Nano):
@@ -145,7 +153,7 @@ def as_styles(nano: Nano, pictures: np.ndarray, latents: Tensor) -> Tensor:
 def measure(name: str) -> dict[str, float]:
     """The scores of a finished run."""
     nano = RUNS[name][0](TOKENIZERS)
-    nano.load_state_dict(averaged_weights(checkpoint_of(name)), strict=False)
+    nano.load_state_dict(averaged_weights(checkpoint_of(name)))
     vae = load_vae().to(memory_format=torch.channels_last)
     vae.register_to_config(**json.loads((LATENTS / "scale.json").read_text()))
     scale, shift = vae.config.scaling_factor, vae.config.shift_factor

@@ -14,7 +14,9 @@ then
 beside the truth itself, copies of the content and of the style, the style's means and deviations of colour
 given to the content (Reinhard et al., 2001), and Magenta's arbitrary style network (Ghiasi et al., 2017).
 GALLERY is such that the truth finds itself about nine times in ten and a copy hardly more often than by
-chance (5 in GALLERY).
+chance (5 in GALLERY). With `--controls` the same without a content picture, for a prompt that names a subject
+drawn in training: there the subject judge has to find the right one of GALLERY subjects, told by OTHERS
+drawings each, the truth being one more drawing.
 
 Prints tables, and one line of JSON at last. `--small` measures on the pictures in assets/judges/ alone, as
 the tests do; `--record` writes the scores into assets/judges/scores.json.
@@ -61,6 +63,7 @@ CONTROLS: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
     ),
 }
 CONTROL_PICTURES = 24
+PROMPTS = 60
 
 
 @dataclass(frozen=True)
@@ -136,19 +139,30 @@ def distractors(count: int) -> np.ndarray:
 
 
 def load_set(name: str) -> dict[str, np.ndarray]:
-    """A set out of the cache, drawn first if need be."""
+    """A set, or the "named" subjects, out of the cache, drawn first if need be."""
     path = EXAMPLES / f"{name}.npz"
     if not path.exists():
         EXAMPLES.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part.npz")
-        np.savez(part, allow_pickle=False, **draw_set(name))
+        np.savez(part, allow_pickle=False, **(draw_named() if name == "named" else draw_set(name)))
         part.rename(path)
     return dict(np.load(path))
 
 
-def describe_looks(judges: dict[str, Judge], others: np.ndarray) -> np.ndarray:
-    """Looks (N, E) from pictures in them, (N, OTHERS, 128, 128, 3)."""
-    vectors = judges["style"].embed(others.reshape(-1, *others.shape[2:]))
+def draw_named() -> dict[str, np.ndarray]:
+    """GALLERY subjects of the training, `names` (GALLERY,) and `plain` (GALLERY, OTHERS + 1, 128, 128, 3)."""
+    contents = Contents(sorted(set(Pictures().subjects)), unseen=False)
+    rng = np.random.default_rng((SEED, len(SETS)))
+    known = [name for name in contents.names if len(contents.drawings[name]) > OTHERS]
+    names = rng.permutation(known)[:GALLERY]
+    drawings = ((contents.draw_subject(rng, name, SIDE, SIDE) for _ in range(OTHERS + 1)) for name in names)
+    plain = [[contents.ground(rng, drawing)[0] for drawing in row] for row in drawings]
+    return {"names": names, "plain": np.array(plain)}
+
+
+def describe(judge: Judge, others: np.ndarray) -> np.ndarray:
+    """Looks or subjects (N, E) from pictures of each, (N, OTHERS, 128, 128, 3)."""
+    vectors = judge.embed(others.reshape(-1, *others.shape[2:]))
     vectors = vectors.reshape(*others.shape[:2], -1).mean(1)
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
@@ -158,13 +172,13 @@ def load_examples(judges: dict[str, Judge]) -> dict[str, Examples]:
     pool, or photographs for photographs.
     """
     contents, targets = load_pool(looks=GALLERY)
-    fill_styles = describe_looks(judges, targets[:, :OTHERS])
+    fill_styles = describe(judges["style"], targets[:, :OTHERS])
     examples = {}
     for name in SETS:
         arrays = load_set(name)
         missing = GALLERY - len(arrays["content"])
         plain = distractors(missing) if name == "photographs" else contents[:missing, 0]
-        styles = describe_looks(judges, arrays.pop("others"))
+        styles = describe(judges["style"], arrays.pop("others"))
         examples[name] = Examples(
             **arrays,
             gallery_styles=np.concatenate([styles, fill_styles[:missing]]),
@@ -224,8 +238,9 @@ def load_pipeline(folder: Path) -> USOPipeline:
 
 def draw(
     pipeline: USOPipeline,
-    content: np.ndarray,
-    style: np.ndarray,
+    content: np.ndarray | None,
+    style: np.ndarray | None,
+    prompt: str = "",
     *,
     steps: int = STEPS,
     guidance: float = GUIDANCE,
@@ -234,9 +249,9 @@ def draw(
 ) -> np.ndarray:
     """The pipeline's picture from seed 0, its middle square shrunk to uint8 (128, 128, 3)."""
     image: Image.Image = pipeline(
-        "",
-        content_image=Image.fromarray(content),
-        style_images=[Image.fromarray(style)],
+        prompt,
+        content_image=None if content is None else Image.fromarray(content),
+        style_images=[] if style is None else [Image.fromarray(style)],
         width=width,
         height=height,
         num_inference_steps=steps,
@@ -273,6 +288,28 @@ def score(judges: dict[str, Judge], pictures: np.ndarray, examples: Examples) ->
     return {metric: round(float(value), 3) for metric, value in zip(METRICS, values, strict=True)}
 
 
+def score_words(
+    pipeline: USOPipeline, judges: dict[str, Judge], looks: Examples
+) -> dict[str, dict[str, float]]:
+    """PROMPTS of named subjects, alone and beside the style pictures of a set."""
+    named = load_set("named")
+    gallery = describe(judges["subject"], named["plain"][:, :OTHERS])
+    names = named["names"][:PROMPTS]
+    drawn = {}
+    for kind, styles in (("prompt", [None] * PROMPTS), ("prompt and style", looks.style[:PROMPTS])):
+        pairs = zip(tqdm(names, desc=kind), styles, strict=True)
+        drawn[kind] = np.stack([draw(pipeline, None, style, f"a {name}") for name, style in pairs])
+    drawn["truth"] = named["plain"][:PROMPTS, OTHERS]
+    scores = {}
+    for kind, pictures in drawn.items():
+        right = {"subject": found(judges["subject"].embed(pictures) @ gallery.T)}
+        if "style" in kind:
+            right["style"] = found(judges["style"].embed(pictures) @ looks.gallery_styles.T)
+            right["joint"] = right["subject"] & right["style"]
+        scores[kind] = {metric: round(float(each.mean()), 3) for metric, each in right.items()}
+    return scores
+
+
 def baselines(examples: Examples, count: int) -> dict[str, np.ndarray]:
     """Pictures of all METHODS but the last, uint8 (count, 128, 128, 3)."""
     content, style = examples.content[:count], examples.style[:count]
@@ -289,7 +326,8 @@ def table(title: str, rows: dict[str, dict[str, float]]) -> str:
     lines = [f"| {title} | {' | '.join(METRICS)} |", "|---" * (1 + len(METRICS)) + "|"]
     for name, scores in rows.items():
         shown = [
-            f"{scores[metric]:.1f} dB" if metric == "psnr" else f"{scores[metric]:.2f}" for metric in METRICS
+            ("{:.1f} dB" if metric == "psnr" else "{:.2f}").format(scores[metric]) if metric in scores else ""
+            for metric in METRICS
         ]
         lines.append(f"| {name} | {' | '.join(shown)} |")
     return "\n".join(lines) + "\n"
@@ -340,7 +378,7 @@ def main() -> None:
     )
     parser.add_argument("--folder", type=Path, default=NANO, help="the model (default assets/nano)")
     parser.add_argument("--small", action="store_true", help="the committed pictures alone")
-    parser.add_argument("--controls", action="store_true", help="also by guidance, steps and size")
+    parser.add_argument("--controls", action="store_true", help="also by guidance, steps, size, and by words")
     parser.add_argument("--grid", type=Path, help="file to write a sheet of pictures to")
     parser.add_argument("--record", action="store_true", help="write the scores beside the judges")
     a = parser.parse_args()
@@ -357,6 +395,7 @@ def main() -> None:
             for value, options in values:
                 drawn = draw_all(pipeline, looks, CONTROL_PICTURES, f"{control} {value}", **options)
                 scores[control][value] = score(judges, drawn, looks)
+        scores["words"] = score_words(pipeline, judges, looks)
     for title, rows in scores.items():
         print(table(title, rows))
     if a.grid:

@@ -32,7 +32,7 @@ def build_pipeline(init: Path | None = None, share: float = 1.0) -> USOPipeline:
         vae.register_to_config(**json.loads((LATENTS / "scale.json").read_text()))
     nano = Nano(TOKENIZERS)
     if CHECKPOINT.exists():
-        nano.load_state_dict(averaged_weights(CHECKPOINT), strict=False)  # buffers are not averaged
+        nano.load_state_dict(averaged_weights(CHECKPOINT))
     if init:
         start = Nano(TOKENIZERS)
         start.load_exported(init)

@@ -243,6 +243,7 @@ class Run:
 
 
 def averaged_weights(checkpoint: Path) -> dict[str, Tensor]:
-    """The moving average of a checkpoint, by parameter name."""
+    """The state dict of a checkpoint's model; what was trained is the moving average."""
     state = torch.load(checkpoint, weights_only=True, map_location="cpu")
-    return dict(zip(state["average_names"], state["average"], strict=True))
+    weights: dict[str, Tensor] = state["model"]
+    return weights | dict(zip(state["average_names"], state["average"], strict=True))

@@ -89,7 +89,7 @@ def train(minutes: float, looks: int, lr: float, checkpoint: Path, seed: int) ->
 def load_reward(checkpoint: Path) -> LookReward:
     """The averaged network, frozen."""
     model = LookReward()
-    model.load_state_dict(averaged_weights(checkpoint), strict=False)  # buffers are not averaged
+    model.load_state_dict(averaged_weights(checkpoint))
     return model.eval().requires_grad_(False)
 
 

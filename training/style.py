@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from training.data import CACHE
-from training.loop import Run, averaged_weights, data_rng, device, launch, layers_by_muon
+from training.loop import Run, data_rng, device, launch, layers_by_muon
 from training.models import STYLE_SIZE, build_conditioning
 from training.pool import PICTURES, POOL
 
@@ -35,9 +35,9 @@ class StylePath(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         conditioning = build_conditioning(eos_token_id=1)
-        self.image_encoder = conditioning["image_encoder"]
-        self.style_projector = conditioning["style_projector"]
-        projector: Any = self.style_projector
+        names = ("image_encoder", "style_projector")
+        self.conditioning = nn.ModuleDict({name: conditioning[name] for name in names})
+        projector: Any = self.conditioning["style_projector"]
         width = projector.config.hidden_size
         self.look, self.drawing = (
             nn.Sequential(nn.Linear(3 * width, width), nn.GELU(), nn.Linear(width, EMBEDDING))
@@ -46,8 +46,8 @@ class StylePath(nn.Module):
 
     def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
         """`(B, 3, H, W)` in [-1, 1] to unit vectors `(B, EMBEDDING)` of the whole look and of its drawing."""
-        hidden_states = self.image_encoder(pictures, output_hidden_states=True).hidden_states
-        tokens = self.style_projector(hidden_states)
+        hidden_states = self.conditioning["image_encoder"](pictures, output_hidden_states=True).hidden_states
+        tokens = self.conditioning["style_projector"](hidden_states)
         levels = tokens.unflatten(1, (3, -1)).mean(2).flatten(1)  # (B, 3 * K, C) -> (B, 3 * C)
         return F.normalize(self.look(levels), dim=1), F.normalize(self.drawing(levels), dim=1)
 
@@ -106,15 +106,6 @@ def train(minutes: float, looks: int, lr: float, checkpoint: Path, seed: int) ->
             f"step {run.step} found look {right[0]:.1%} drawing {right[1]:.1%}", refresh=False
         )
         bar.update(0)
-
-
-def load_style_path(checkpoint: Path) -> dict[str, Tensor]:
-    """SigLIP's and the projector's averaged weights, named as in `Nano`."""
-    return {
-        f"conditioning.{name}": tensor
-        for name, tensor in averaged_weights(checkpoint).items()
-        if name.startswith(("image_encoder.", "style_projector."))
-    }
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Both tokenizers of the nano model, from the words that its prompts use.
+"""Both tokenizers of the nano model, from the words that its prompts use, and prompts through the encoders.
 
 T5 gets a SentencePiece unigram model, CLIP a byte-pair encoding; both fold the case and know every letter,
 so that a prompt of unseen words is spelt out and not lost.
@@ -12,10 +12,12 @@ from pathlib import Path
 
 import sentencepiece
 import tokenizers
+import torch
+from torch import Tensor, nn
 from transformers import CLIPTokenizer, T5TokenizerFast
 
 from training.looks import COLOUR_NAMES, FAMILIES
-from training.models import VOCABULARY
+from training.models import MAX_SEQUENCE_LENGTH, VOCABULARY
 from training.pool import POOL
 
 # Words that people put around a subject and a look.
@@ -66,6 +68,24 @@ def load_tokenizers(folder: Path) -> tuple[CLIPTokenizer, T5TokenizerFast]:
     return CLIPTokenizer.from_pretrained(folder / "tokenizer"), T5TokenizerFast.from_pretrained(
         folder / "tokenizer_2"
     )
+
+
+def encode_prompts(
+    tokenizers: tuple[CLIPTokenizer, T5TokenizerFast], encoders: nn.ModuleDict, prompts: list[str]
+) -> tuple[Tensor, Tensor]:
+    """T5 states `(B, MAX_SEQUENCE_LENGTH, D)` and pooled CLIP `(B, P)`; equal prompts are encoded once."""
+    unique = sorted(set(prompts))
+    place = next(encoders.parameters()).device
+    index = torch.tensor([unique.index(prompt) for prompt in prompts], device=place)
+    clip, t5 = tokenizers
+    t5_ids = t5(
+        unique, padding="max_length", truncation=True, max_length=MAX_SEQUENCE_LENGTH, return_tensors="pt"
+    ).input_ids
+    # Causal, and read at its end: CLIP needs no padding to 77 here.
+    clip_ids = clip(unique, padding=True, truncation=True, return_tensors="pt").input_ids
+    states = encoders["text_encoder_2"](t5_ids.to(place)).last_hidden_state
+    pooled = encoders["text_encoder"](clip_ids.to(place)).pooler_output
+    return states[index], pooled[index]
 
 
 def _train_clip(corpus: list[str], folder: Path) -> CLIPTokenizer:

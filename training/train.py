@@ -1,10 +1,10 @@
-"""Train the nano transformer with its text and style encoders: `python -m training.train --minutes 75`.
+"""Train the nano transformer with its style encoder and projector: `python -m training.train --minutes 75`.
 
-Resumes from its checkpoint; a new run starts from the style path that `training.style` has trained, or, by
-`--init assets/nano`, from shipped weights. Needs the latents. Rectified flow: noise and conditions to the
-velocity, over a mix of condition kinds. At last the model learns its own guided velocity, so that one pass
-at inference does what two would, to mix two looks, and, with `training.reward`'s network, to be found in the
-look asked for the more the guidance is turned up.
+Resumes from its checkpoint; a new run starts from the encoders that `training.style` and `training.words`
+have trained, or, by `--init assets/nano`, from shipped weights. Needs the latents. Rectified flow: noise and
+conditions to the velocity, over a mix of condition kinds. At last the model learns its own guided velocity,
+so that one pass at inference does what two would, to mix two looks, and, with `training.reward`'s network, to
+be found in the look asked for the more the guidance is turned up.
 """
 
 import argparse
@@ -26,9 +26,8 @@ from tqdm import tqdm
 
 from training.data import CACHE
 from training.latents import LATENTS, unit_normal
-from training.loop import MuonAdamW, Run, autocast, data_rng, device, launch
+from training.loop import MuonAdamW, Run, autocast, averaged_weights, data_rng, device, launch
 from training.models import (
-    MAX_SEQUENCE_LENGTH,
     NATIVE_SIDE,
     STYLE_SIZE,
     build_conditioning,
@@ -38,27 +37,30 @@ from training.pool import PICTURES, POOL
 from training.reward import CHECKPOINT as REWARD_CHECKPOINT
 from training.reward import LookReward, load_reward
 from training.style import CHECKPOINT as STYLE_CHECKPOINT
-from training.style import load_style_path
-from training.text import build_tokenizers, load_tokenizers
+from training.style import random_view
+from training.text import build_tokenizers, encode_prompts, load_tokenizers
 from uso.model.geometry import pack_latents, position_ids, reference_position_ids, unpack_latents
 from uso.model.pipeline import USOPipeline
 
 CHECKPOINT = CACHE / "nano.pt"
+WORDS_CHECKPOINT = CACHE / "words.pt"
 TOKENIZERS = CACHE / "tokenizers"
 
 # Condition kinds: style pictures, content picture, prompt; and their share of the batches.
 # "look" is the look in words. Without style and look the target is the plain picture.
 KINDS = {
-    "content + style": 0.5,
-    "content + 2 styles": 0.08,
-    "style + text": 0.11,
-    "content + look": 0.07,
+    "content + style": 0.46,
+    "content + 2 styles": 0.07,
+    "style + text": 0.13,
+    "content + look": 0.06,
     "content": 0.03,
-    "text": 0.13,
-    "text + look": 0.08,
+    "text": 0.16,
+    "text + look": 0.09,
 }
 MIXED = 0.1  # of the batches that learn guidance: two style pictures of different looks
 REWARD = 0.015  # its weight at the end of the slider: a third of the squared error's gradient
+WORDS = 0.4  # of the batches without guidance: a prompt at pure noise, with the mean of its pictures
+SAME = 0.15  # of the style pictures: a part of the one to be drawn
 SHEETS = 0.15  # of the style pictures: four subjects in the look on one sheet, not one subject
 RELOAD = 100  # steps
 SLIDER = (1.0, 5.0)  # `guidance_scale` as the user gives it
@@ -83,6 +85,7 @@ class Batch:
     style: Tensor | None
     prompts: list[str]
     mixed: bool = False  # the two style pictures are of different looks
+    mean: bool = False  # `target` is the mean of what the prompt may be: what pure noise has to become
     looks: Tensor | None = None  # `(L, E)`: what `LookReward` makes of the shard's looks
     right: Tensor | None = None  # `(B,)`: which of them is each picture's
 
@@ -127,8 +130,11 @@ class Shard:
         return _as_style(np.vstack([np.hstack([a, b]), np.hstack([c, d])]))
 
     def random_style(self, row: int, rng: np.random.Generator) -> Tensor:
-        """The look of picture `row`, told by another picture or by a sheet of them."""
-        if rng.random() < SHEETS:
+        """The look of picture `row`, told by a part of itself, by another picture or by a sheet of them."""
+        chance = rng.random()
+        if chance < SAME:
+            return _as_style(random_view(rng, self.pictures[row]))
+        if chance < SAME + SHEETS:
             return self.sheet(self.siblings(row, rng, 4))
         return self.style(self.siblings(row, rng, 1)[0])
 
@@ -180,9 +186,27 @@ def load_shards(known: list[Shard], reward: LookReward | None, kind: type[Shard]
     return known + [kind(name, subjects, reward) for name in sorted(names - {shard.name for shard in known})]
 
 
-def draw_batch(shards: list[Shard], rng: np.random.Generator, size: int, *, guided: bool) -> Batch:
-    """A batch of one shard and one kind."""
+def mean_pictures(shards: list[Shard]) -> dict[str, Tensor]:
+    """Unit-normal latents `(16, 16, 16)` of each subject, the mean of its plain pictures."""
+    sums: dict[str, np.ndarray] = {}
+    counts: dict[str, int] = {}
+    for shard in shards:
+        for subject, picture in zip(shard.subjects, shard.content, strict=True):
+            sums[subject] = sums.get(subject, 0) + picture.astype(np.float32)
+            counts[subject] = counts.get(subject, 0) + 1
+    return {subject: unit_normal(sums[subject] / counts[subject]) for subject in sums}
+
+
+def draw_batch(
+    shards: list[Shard], means: dict[str, Tensor], rng: np.random.Generator, size: int, *, guided: bool
+) -> Batch:
+    """A batch of one shard and one kind; `means` are those of `mean_pictures`."""
     shard = shards[rng.integers(len(shards))]
+    if not guided and rng.random() < WORDS:
+        rows = rng.choice(len(shard.content), 2 * size, replace=False)
+        plain = torch.stack([means[shard.subjects[row]] for row in rows])
+        batch = replace(shard.batch("text", rows.tolist(), rng), target=plain, mean=True)
+        return batch.to(device())
     kind = str(rng.choice(list(KINDS), p=list(KINDS.values())))
     if guided and rng.random() < MIXED:
         kind = "content + mixed styles"
@@ -191,7 +215,10 @@ def draw_batch(shards: list[Shard], rng: np.random.Generator, size: int, *, guid
 
 
 class Nano(nn.Module):
-    """Transformer and condition encoders, called as the pipeline calls them, on batches."""
+    """Transformer and condition encoders, called as the pipeline calls them, on batches.
+
+    The text encoders are frozen, as FLUX's are: `training.words` has trained them.
+    """
 
     def __init__(self, tokenizers: Path) -> None:
         super().__init__()
@@ -203,26 +230,13 @@ class Nano(nn.Module):
                 if name.startswith("norm") and isinstance(module, nn.Linear):
                     nn.init.zeros_(module.weight)  # adaLN-zero: each block starts as the identity
         nn.init.zeros_(self.transformer.proj_out.weight)
+        for name in ("text_encoder", "text_encoder_2"):
+            self.conditioning[name].requires_grad_(False)
         self.style_tokens: Tensor | None = None
         self.transformer.context_embedder.register_forward_hook(self._prepend_style)
 
     def _prepend_style(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         return output if self.style_tokens is None else torch.cat([self.style_tokens, output], dim=1)
-
-    def encode_prompts(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        """T5 states `(B, T, D)` and pooled CLIP `(B, P)`; equal prompts are encoded once."""
-        unique = sorted(set(prompts))
-        place = self.transformer.device
-        index = torch.tensor([unique.index(prompt) for prompt in prompts], device=place)
-        clip, t5 = self.tokenizers
-        t5_ids = t5(
-            unique, padding="max_length", truncation=True, max_length=MAX_SEQUENCE_LENGTH, return_tensors="pt"
-        ).input_ids
-        # Causal, and read at its end: CLIP needs no padding to 77 here.
-        clip_ids = clip(unique, padding=True, truncation=True, return_tensors="pt").input_ids
-        states = self.conditioning["text_encoder_2"](t5_ids.to(place)).last_hidden_state
-        pooled = self.conditioning["text_encoder"](clip_ids.to(place)).pooler_output
-        return states[index], pooled[index]
 
     def references(self, content: Tensor | None, style: Tensor | None) -> list[Tensor]:
         """The pictures that stand beside the noise as latents: the content alone."""
@@ -248,7 +262,7 @@ class Nano(nn.Module):
         prompts: list[str],
     ) -> Tensor:
         """Velocity `(B, N, 64)` of noisy `latents` `(B, 16, h, w)` at `sigma` `(B,)`."""
-        states, pooled = self.encode_prompts(prompts)
+        states, pooled = encode_prompts(self.tokenizers, self.conditioning, prompts)
         self.style_tokens = None if style is None else self.encode_style(style)
         pictures = [latents, *self.references(content, style)]
         grids = [(picture.shape[2] // 2, picture.shape[3] // 2) for picture in pictures]
@@ -282,7 +296,8 @@ class Nano(nn.Module):
             inner = (
                 "blocks." in name or ".layers." in name or ".block." in name
             ) and "relative_attention" not in name
-            (matrices if inner and p.ndim == 2 else others).append(p)
+            if p.requires_grad:
+                (matrices if inner and p.ndim == 2 else others).append(p)
         return MuonAdamW(matrices, others, lr)
 
 
@@ -317,6 +332,8 @@ def loss_of(model: Nano, batch: Batch, teacher: Nano | None, reward: LookReward 
     clean, noise = batch.target, torch.randn_like(batch.target)
     # Logit-normal, well above the middle: near 1 the conditions alone decide what the picture becomes.
     sigma = torch.sigmoid(1.3 * torch.randn(len(clean), device=clean.device) + 1.2)
+    if batch.mean:
+        sigma = torch.ones_like(sigma)
     noisy = torch.lerp(clean, noise, sigma[:, None, None, None])
     velocity = pack_latents(noise - clean)
     slider = torch.full_like(sigma, SLIDER[0])
@@ -342,6 +359,12 @@ def prepare_tokenizers(init: Path | None) -> None:
         build_tokenizers(TOKENIZERS)
 
 
+def encoder_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """The averaged encoders of `training.style` or `training.words`, named as in `Nano`."""
+    weights = averaged_weights(checkpoint)
+    return {name: tensor for name, tensor in weights.items() if name.startswith("conditioning.")}
+
+
 def train(
     minutes: float,
     size: int,
@@ -358,21 +381,27 @@ def train(
     reward = load_reward(REWARD_CHECKPOINT).to(device()) if REWARD_CHECKPOINT.exists() else None
     if init:
         model.load_exported(init)
-    elif STYLE_CHECKPOINT.exists():
-        model.load_state_dict(load_style_path(STYLE_CHECKPOINT), strict=False)
+    else:
+        for path in (STYLE_CHECKPOINT, WORDS_CHECKPOINT):
+            if path.exists():
+                model.load_state_dict(encoder_weights(path), strict=False)
     model, teacher = model.to(device()), teacher.to(device())
     run = Run(model, model.optimizer(lr), lr=lr, minutes=minutes, checkpoint=checkpoint)
+    teacher.load_state_dict(model.state_dict())
     rng = data_rng(seed, run.step)
     torch.manual_seed(int(rng.integers(2**31)))
     names = run.average_names()
     shards: list[Shard] = []
+    means: dict[str, Tensor] = {}
     smooth: float | None = None
     bar = tqdm(total=100, disable=dist.get_rank() > 0, mininterval=10)
     while run.progress < 1:
         if run.step % RELOAD == 0 or not shards:  # what `training.latents` has encoded meanwhile
-            shards = load_shards(shards, reward, shard)
+            found = load_shards(shards, reward, shard)
+            if len(found) > len(shards):
+                shards, means = found, mean_pictures(found)
         guided = run.progress > distill_from and run.step % 2 == 0
-        batch = draw_batch(shards, rng, size, guided=guided)
+        batch = draw_batch(shards, means, rng, size, guided=guided)
         if guided:
             teacher.load_state_dict(dict(zip(names, run.average, strict=True)), strict=False)
         with autocast():

@@ -1,0 +1,94 @@
+"""Train the text encoders alone first: `python -m training.words --minutes 10`.
+
+From the prompt a small reader draws latents at once: the mean of all pictures of a subject, or a picture in a
+look; what the transformer has to make of pure noise. `training.train` starts from the encoders that learned
+it, without the reader: beside pictures, words have too little to say for the encoders to learn much. Needs
+the latents.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from training.loop import Run, autocast, data_rng, device, launch, layers_by_muon
+from training.models import NATIVE_SIDE, TEXT_WIDTH, build_conditioning
+from training.style import found
+from training.text import encode_prompts, load_tokenizers
+from training.train import TOKENIZERS, WORDS_CHECKPOINT, load_shards, mean_pictures, prepare_tokenizers
+from uso.model.geometry import pack_latents
+
+KINDS = {"text": 0.8, "text + look": 0.2}  # as in `training.train`
+WIDTH = 192
+POSITIONS = (NATIVE_SIDE // 16) ** 2
+
+
+class Words(nn.Module):
+    """Prompts to packed latents `(B, POSITIONS, 64)`."""
+
+    def __init__(self, tokenizers: Path) -> None:
+        super().__init__()
+        self.tokenizers = load_tokenizers(tokenizers)
+        conditioning = build_conditioning(self.tokenizers[0].eos_token_id)
+        names = ("text_encoder", "text_encoder_2")
+        self.conditioning = nn.ModuleDict({name: conditioning[name] for name in names})
+        self.query = nn.Parameter(torch.randn(1, POSITIONS, WIDTH))
+        self.pooled = nn.Linear(TEXT_WIDTH, WIDTH)
+        self.read = nn.MultiheadAttention(WIDTH, 3, kdim=TEXT_WIDTH, vdim=TEXT_WIDTH, batch_first=True)
+        self.draw = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, 64))
+
+    def forward(self, prompts: list[str]) -> Tensor:
+        states, pooled = encode_prompts(self.tokenizers, self.conditioning, prompts)
+        query = self.query + self.pooled(pooled)[:, None]
+        return self.draw(query + self.read(query, states, states, need_weights=False)[0])
+
+
+def train(minutes: float, size: int, lr: float, checkpoint: Path, seed: int) -> None:
+    """One process's work: `size` prompts of one shard and kind a step."""
+    model = Words(TOKENIZERS).to(device())
+    run = Run(model, layers_by_muon(model, lr), lr=lr, minutes=minutes, checkpoint=checkpoint)
+    rng = data_rng(seed, run.step)
+    shards = load_shards([], None)
+    means = mean_pictures(shards)
+    seen: np.ndarray | None = None
+    bar = tqdm(total=100, disable=dist.get_rank() > 0, mininterval=10)
+    while run.progress < 1:
+        shard = shards[rng.integers(len(shards))]
+        kind = str(rng.choice(list(KINDS), p=list(KINDS.values())))
+        rows = rng.choice(len(shard.content), min(size, len(shard.content)), replace=False)
+        batch = shard.batch(kind, rows.tolist(), rng)
+        plain = torch.stack([means[shard.subjects[row]] for row in rows])
+        target = pack_latents(plain if kind == "text" else batch.target).to(device())
+        with autocast():
+            drawn = model(batch.prompts).float()
+        loss = F.mse_loss(drawn, target)
+        run.update(loss)
+        if kind == "text":
+            vectors = (
+                F.normalize((each.detach() - target.mean(0)).flatten(1), dim=1) for each in (drawn, target)
+            )
+            now = np.array([loss.item(), found(*vectors)])
+            seen = now if seen is None else 0.98 * seen + 0.02 * now
+            bar.set_postfix_str(f"step {run.step} loss {seen[0]:.4f} found {seen[1]:.1%}", refresh=False)
+        bar.n = round(100 * run.progress)
+        bar.update(0)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--batch", type=int, default=128, help="prompts a process and step")
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument(
+        "--init", type=Path, help="diffusers folder whose tokenizers to take, such as assets/nano"
+    )
+    parser.add_argument("--processes", type=int, help="default: the GPUs, or 2 without one")
+    parser.add_argument("--seed", type=int, default=0)
+    a = parser.parse_args()
+    prepare_tokenizers(a.init)
+    launch(train, a.minutes, a.batch, a.lr, WORDS_CHECKPOINT, a.seed, processes=a.processes, seed=a.seed)
