@@ -169,7 +169,9 @@ def test_content_long_size_decides_how_much_detail_is_kept(
 def test_small_pictures_are_written_and_read_back(
     tmp_path: Path, examples: dict[str, evaluate.Examples]
 ) -> None:
-    evaluate.save_small(examples, tmp_path)
+    named = evaluate.load_small_named()
+    evaluate.save_small(examples, named, tmp_path)
+    assert evaluate.load_small_named(tmp_path).names.tolist() == named.names.tolist()
     again = evaluate.load_small(tmp_path)
     for name, one in examples.items():
         assert len(one.content) == evaluate.SMALL[name]

@@ -203,7 +203,7 @@ def test_text_encoders_are_trained_first_and_stay(cache: Path) -> None:
     assert {name.split(".")[1] for name in trained} == {"text_encoder", "text_encoder_2"}
     train.train(ONE_STEP, 2, 1e-3, 0.7, None, train.CHECKPOINT, 0)
     after = loop.averaged_weights(train.CHECKPOINT)
-    assert all(torch.equal(after[name], weight) for name, weight in trained.items())
+    assert not [name for name, weight in trained.items() if not torch.equal(after[name], weight)]
 
 
 def test_the_reward_asks_for_the_look_as_much_as_the_slider(

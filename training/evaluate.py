@@ -14,12 +14,12 @@ then
 beside the truth itself, copies of the content and of the style, the style's means and deviations of colour
 given to the content (Reinhard et al., 2001), and Magenta's arbitrary style network (Ghiasi et al., 2017).
 GALLERY is such that the truth finds itself about nine times in ten and a copy hardly more often than by
-chance (5 in GALLERY). With `--controls` the same without a content picture, for a prompt that names a subject
-drawn in training: there the subject judge has to find the right one of GALLERY subjects, told by OTHERS
-drawings each, the truth being one more drawing.
+chance (5 in GALLERY). A fifth set, "words", has no content picture: prompts name subjects of the training,
+alone and beside a style picture of the first set, and the subject judge has to find the right one of GALLERY
+subjects, told by OTHERS drawings each. Their truth is one more drawing.
 
 Prints tables, and one line of JSON at last. `--small` measures on the pictures in assets/judges/ alone, as
-the tests do; `--record` writes the scores into assets/judges/scores.json.
+the tests do; `--record` writes the scores into assets/judges/scores.json, and without `--small` its pictures.
 """
 
 import argparse
@@ -63,7 +63,7 @@ CONTROLS: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
     ),
 }
 CONTROL_PICTURES = 24
-PROMPTS = 60
+PROMPTS, SMALL_PROMPTS = 60, 24
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,16 @@ class Examples:
     gallery_styles: np.ndarray
     gallery_subjects: np.ndarray
     gallery_names: np.ndarray
+
+
+@dataclass(frozen=True)
+class Named:
+    """Names of subjects, str (N,); another drawing of each as the judge sees it, float32 (N, E); and a
+    gallery of M subjects, whose first N they are, float32 (M, E)."""
+
+    names: np.ndarray
+    truth: np.ndarray
+    gallery: np.ndarray
 
 
 # ---------------------------------------------------------------- pictures
@@ -188,8 +198,21 @@ def load_examples(judges: dict[str, Judge]) -> dict[str, Examples]:
     return examples
 
 
-def save_small(examples: dict[str, Examples], folder: Path = JUDGES) -> None:
-    """Write the first pictures of each set, and all galleries, for the tests."""
+def load_named(judge: Judge) -> Named:
+    """PROMPTS subjects in a gallery of GALLERY, as the subject judge sees them."""
+    arrays = load_set("named")
+    truth = judge.embed(arrays["plain"][:PROMPTS, OTHERS])
+    return Named(arrays["names"][:PROMPTS], truth, describe(judge, arrays["plain"][:, :OTHERS]))
+
+
+def save_small(examples: dict[str, Examples], named: Named, folder: Path = JUDGES) -> None:
+    """Write the first pictures of each set, the first names, and all galleries, for the tests."""
+    np.savez_compressed(
+        folder / "words.npz",
+        names=named.names[:SMALL_PROMPTS],
+        truth=named.truth[:SMALL_PROMPTS].astype(np.float16),
+        gallery=named.gallery.astype(np.float16),
+    )
     for name, one in examples.items():
         count = SMALL[name]
         columns = [one.content, one.style, one.truth, one.magenta]
@@ -215,6 +238,11 @@ def load_small(folder: Path = JUDGES) -> dict[str, Examples]:
         subjects = gallery["gallery_names"][:count]
         examples[name] = Examples(content, style, truth, magenta, subjects, **gallery)
     return examples
+
+
+def load_small_named(folder: Path = JUDGES) -> Named:
+    """The names that `save_small` wrote."""
+    return Named(**np.load(folder / "words.npz"))
 
 
 # ---------------------------------------------------------------- methods
@@ -289,20 +317,15 @@ def score(judges: dict[str, Judge], pictures: np.ndarray, examples: Examples) ->
 
 
 def score_words(
-    pipeline: USOPipeline, judges: dict[str, Judge], looks: Examples
+    pipeline: USOPipeline, judges: dict[str, Judge], named: Named, looks: Examples
 ) -> dict[str, dict[str, float]]:
-    """PROMPTS of named subjects, alone and beside the style pictures of a set."""
-    named = load_set("named")
-    gallery = describe(judges["subject"], named["plain"][:, :OTHERS])
-    names = named["names"][:PROMPTS]
-    drawn = {}
-    for kind, styles in (("prompt", [None] * PROMPTS), ("prompt and style", looks.style[:PROMPTS])):
-        pairs = zip(tqdm(names, desc=kind), styles, strict=True)
-        drawn[kind] = np.stack([draw(pipeline, None, style, f"a {name}") for name, style in pairs])
-    drawn["truth"] = named["plain"][:PROMPTS, OTHERS]
-    scores = {}
-    for kind, pictures in drawn.items():
-        right = {"subject": found(judges["subject"].embed(pictures) @ gallery.T)}
+    """Prompts of named subjects, alone and beside the first style pictures of a set."""
+    count = len(named.names)
+    scores = {"truth": {"subject": round(float(found(named.truth @ named.gallery.T).mean()), 3)}}
+    for kind, styles in (("prompt", [None] * count), ("prompt and style", looks.style[:count])):
+        pairs = zip(tqdm(named.names, desc=kind), styles, strict=True)
+        pictures = np.stack([draw(pipeline, None, style, f"a {name}") for name, style in pairs])
+        right = {"subject": found(judges["subject"].embed(pictures) @ named.gallery.T)}
         if "style" in kind:
             right["style"] = found(judges["style"].embed(pictures) @ looks.gallery_styles.T)
             right["joint"] = right["subject"] & right["style"]
@@ -378,7 +401,7 @@ def main() -> None:
     )
     parser.add_argument("--folder", type=Path, default=NANO, help="the model (default assets/nano)")
     parser.add_argument("--small", action="store_true", help="the committed pictures alone")
-    parser.add_argument("--controls", action="store_true", help="also by guidance, steps, size, and by words")
+    parser.add_argument("--controls", action="store_true", help="also by guidance, steps and size")
     parser.add_argument("--grid", type=Path, help="file to write a sheet of pictures to")
     parser.add_argument("--record", action="store_true", help="write the scores beside the judges")
     a = parser.parse_args()
@@ -388,6 +411,7 @@ def main() -> None:
     scores, results = evaluate(pipeline, judges, examples)
     if a.small:
         scores["all"] = overall(scores, SMALL)
+    named = load_small_named() if a.small else load_named(judges["subject"])
     if a.controls:
         looks = examples["looks"]
         for control, values in CONTROLS.items():
@@ -395,12 +419,14 @@ def main() -> None:
             for value, options in values:
                 drawn = draw_all(pipeline, looks, CONTROL_PICTURES, f"{control} {value}", **options)
                 scores[control][value] = score(judges, drawn, looks)
-        scores["words"] = score_words(pipeline, judges, looks)
+    scores["words"] = score_words(pipeline, judges, named, examples["looks"])
     for title, rows in scores.items():
         print(table(title, rows))
     if a.grid:
         draw_grid(examples, results).save(a.grid)
     if a.record:
+        if not a.small:
+            save_small(examples, named)
         path = JUDGES / "scores.json"
         recorded = json.loads(path.read_text()) if path.exists() else {}
         recorded["small" if a.small else "full"] = scores

@@ -246,4 +246,7 @@ def averaged_weights(checkpoint: Path) -> dict[str, Tensor]:
     """The state dict of a checkpoint's model; what was trained is the moving average."""
     state = torch.load(checkpoint, weights_only=True, map_location="cpu")
     weights: dict[str, Tensor] = state["model"]
-    return weights | dict(zip(state["average_names"], state["average"], strict=True))
+    averages = zip(state["average_names"], state["average"], strict=True)
+    # by address, for a tied weight has two names
+    by_address = {weights[name].data_ptr(): average for name, average in averages}
+    return {name: by_address.get(tensor.data_ptr(), tensor) for name, tensor in weights.items()}

@@ -49,18 +49,18 @@ TOKENIZERS = CACHE / "tokenizers"
 # Condition kinds: style pictures, content picture, prompt; and their share of the batches.
 # "look" is the look in words. Without style and look the target is the plain picture.
 KINDS = {
-    "content + style": 0.46,
+    "content + style": 0.52,
     "content + 2 styles": 0.07,
-    "style + text": 0.13,
-    "content + look": 0.06,
-    "content": 0.03,
-    "text": 0.16,
-    "text + look": 0.09,
+    "style + text": 0.12,
+    "content + look": 0.05,
+    "content": 0.02,
+    "text": 0.14,
+    "text + look": 0.08,
 }
 MIXED = 0.1  # of the batches that learn guidance: two style pictures of different looks
 REWARD = 0.015  # its weight at the end of the slider: a third of the squared error's gradient
-WORDS = 0.4  # of the batches without guidance: a prompt at pure noise, with the mean of its pictures
-SAME = 0.15  # of the style pictures: a part of the one to be drawn
+WORDS = 0.2  # of the batches without guidance: a prompt at pure noise, with the mean of its pictures
+SAME = 0.1  # of the style pictures: a part of the one to be drawn
 SHEETS = 0.15  # of the style pictures: four subjects in the look on one sheet, not one subject
 RELOAD = 100  # steps
 SLIDER = (1.0, 5.0)  # `guidance_scale` as the user gives it
