@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from diffusers import FluxTransformer2DModel
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
-from diffusers.models.transformers.transformer_flux import FluxAttention
+from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor
 from PIL import Image
 from torch import Tensor, nn
 
@@ -91,7 +91,9 @@ def tune(transformer: FluxTransformer2DModel, device: torch.device) -> None:
     elif device.type == "cpu":
         keep_buffers()
         use_onednn(transformer)
-        transformer.set_attn_processor(CPUAttnProcessor())
+        for attention in _attentions(transformer):
+            if type(attention.processor) is FluxAttnProcessor:
+                attention.set_processor(CPUAttnProcessor())
 
 
 def use_onednn(transformer: FluxTransformer2DModel) -> None:
