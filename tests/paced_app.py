@@ -1,7 +1,6 @@
 """`python app.py` that can be slowed, for tests that look at what happens meanwhile: nano is done in no time.
 
-While the file exists that is named first, each step of a picture and each part of a model to load takes a
-second.
+While the file exists that is named first, each step of a picture takes a second, and a model's loading waits.
 """
 
 import sys
@@ -17,9 +16,9 @@ from uso.serve.engine import Engine, LoadProgress
 SLOW = Path(sys.argv[1])
 
 
-def pace() -> None:
+def pace(seconds: float = 1) -> None:
     began = time.monotonic()
-    while SLOW.exists() and time.monotonic() - began < 1:
+    while SLOW.exists() and time.monotonic() - began < seconds:
         time.sleep(0.01)
 
 
@@ -32,7 +31,7 @@ class PacedEngine(Engine):
                 nonlocal said
                 progress(text, fraction)
                 if text != said:
-                    pace()
+                    pace(120)
                 said = text
 
             pipe = load(report)
