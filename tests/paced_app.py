@@ -1,6 +1,6 @@
 """`python app.py` that can be slowed, for tests that look at what happens meanwhile: nano is done in no time.
 
-While the file exists that is named first, each step of a picture takes a second, each part of a model to load five.
+While the file exists that is named first, a step of a picture takes a second, a part of a model to load five.
 """
 
 import sys
