@@ -245,7 +245,8 @@ def test_progress_goes_to_any_number_of_watchers(start: Any) -> None:
         assert seen[-1].state == "completed"
     cost = engine.cost(first.request.model_copy(update={"num_steps": 4}), {})
     assert cost is not None
-    assert 0.5 < cost.seconds < 3, "0.6, or more on a busy machine"
+    assert seen[-1].result is not None
+    assert cost.seconds == pytest.approx(4 / 6 * seen[-1].result.seconds["drawing"], abs=0.3)
 
 
 def test_the_queue_is_bounded(start: Any) -> None:

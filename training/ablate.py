@@ -29,7 +29,7 @@ from training.evaluate import METRICS, SMALL, STEPS, load_small, overall, score
 from training.judges import load_judges
 from training.latents import LATENTS, encode_pictures, unit_normal
 from training.loop import autocast, averaged_weights, launch
-from training.models import NANO, build_conditioning
+from training.models import NANO, build_style_path
 from training.pool import PICTURES, POOL
 from training.style import train as align
 from training.train import (
@@ -59,9 +59,8 @@ class Unaligned(Nano):
     def load_exported(self, folder: Path) -> None:
         super().load_exported(folder)
         torch.manual_seed(0)
-        for name, module in build_conditioning(self.tokenizers[0].eos_token_id).items():
-            if name in ("image_encoder", "style_projector"):
-                self.conditioning[name].load_state_dict(module.state_dict())
+        for name, module in build_style_path().items():
+            self.conditioning[name].load_state_dict(module.state_dict())
 
 
 class Aligned(Unaligned):

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from diffusers.models.transformers import transformer_flux
 from torch import Tensor
 
+from uso.model.attention import rotate
+
 _fused_attention = F.scaled_dot_product_attention
 
 
@@ -35,14 +37,7 @@ def attention(
     return (query * scale @ key.transpose(-1, -2)).softmax(-1).to(value.dtype) @ value
 
 
-def rotate(x: Tensor, frequencies: tuple[Tensor, Tensor], sequence_dim: int = 1) -> Tensor:
-    """diffusers' `apply_rotary_emb` of `(B, S, H, D)` as one product of complex numbers."""
-    turns = torch.complex(*(part[None, :, None, ::2] for part in frequencies))  # (1, S, 1, D / 2)
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)
-
-
 def speed_up() -> None:
     """Use both, in this process, from now on."""
     F.scaled_dot_product_attention = attention  # type: ignore[assignment]
-    transformer_flux.apply_rotary_emb = rotate
+    transformer_flux.apply_rotary_emb = lambda x, frequencies, sequence_dim: rotate(x, frequencies)

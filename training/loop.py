@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from training.cpu import has_bfloat16, speed_up
 
@@ -184,6 +185,7 @@ class Run:
         self.decay, self.warmup, self.save_every = decay, warmup, save_every
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.average = [p.detach().clone() for p in self.parameters]
+        self.bar = tqdm(total=100, disable=dist.get_rank() > 0, mininterval=10)
         self.step, self.elapsed, self.clock, self.saved = 0, 0.0, time.monotonic(), time.monotonic()
         if checkpoint.exists():
             state = torch.load(checkpoint, weights_only=True, map_location=device())
@@ -219,6 +221,12 @@ class Run:
         if dist.get_rank() == 0 and (now - self.saved > self.save_every or self.progress == 1):
             self.save()
             self.saved = now
+
+    def show(self, text: str) -> None:
+        """How far it is, on the first process's progress bar, with `text` beside the step."""
+        self.bar.n = round(100 * self.progress)
+        self.bar.set_postfix_str(f"step {self.step} {text}", refresh=False)
+        self.bar.update(0)
 
     def save(self) -> None:
         """Write the checkpoint, whole or not at all."""

@@ -64,8 +64,8 @@ def build_transformer() -> FluxTransformer2DModel:
     )
 
 
-def build_conditioning(eos_token_id: int) -> nn.ModuleDict:
-    """The encoders of text and style pictures, by their names in the pipeline."""
+def build_text_encoders(eos_token_id: int) -> nn.ModuleDict:
+    """CLIP's and T5's encoder, by their names in the pipeline."""
     clip = CLIPTextConfig(
         vocab_size=VOCABULARY,
         hidden_size=TEXT_WIDTH,
@@ -88,6 +88,11 @@ def build_conditioning(eos_token_id: int) -> nn.ModuleDict:
         feed_forward_proj="gated-gelu",
         dropout_rate=0.0,
     )
+    return nn.ModuleDict({"text_encoder": CLIPTextModel(clip), "text_encoder_2": T5EncoderModel(t5)})
+
+
+def build_style_path() -> nn.ModuleDict:
+    """The encoder of style pictures and its projector, by their names in the pipeline."""
     siglip = SiglipVisionConfig(
         hidden_size=STYLE_WIDTH,
         intermediate_size=3 * STYLE_WIDTH,
@@ -104,11 +109,9 @@ def build_conditioning(eos_token_id: int) -> nn.ModuleDict:
         tokens_per_level=8,
         levels=(-1, -3, -5),
     )
-    return nn.ModuleDict(
-        {
-            "text_encoder": CLIPTextModel(clip),
-            "text_encoder_2": T5EncoderModel(t5),
-            "image_encoder": SiglipVisionModel(siglip),
-            "style_projector": projector,
-        }
-    )
+    return nn.ModuleDict({"image_encoder": SiglipVisionModel(siglip), "style_projector": projector})
+
+
+def build_conditioning(eos_token_id: int) -> nn.ModuleDict:
+    """The encoders of text and style pictures, by their names in the pipeline."""
+    return nn.ModuleDict({**build_text_encoders(eos_token_id), **build_style_path()})

@@ -10,10 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from training.data import CACHE
@@ -69,7 +67,6 @@ def train(minutes: float, looks: int, lr: float, checkpoint: Path, seed: int) ->
     rng = data_rng(seed, run.step)
     shards = [np.load(path / "target.npy", mmap_mode="r") for path in sorted(LATENTS.glob("train-*"))]
     right: float | None = None
-    bar = tqdm(total=100, disable=dist.get_rank() > 0, mininterval=10)
     while run.progress < 1:
         shard = shards[rng.integers(len(shards))]
         chosen = rng.choice(len(shard) // PICTURES, min(looks, len(shard) // PICTURES), replace=False)
@@ -81,9 +78,7 @@ def train(minutes: float, looks: int, lr: float, checkpoint: Path, seed: int) ->
         run.update(contrast_loss(first, second))
         now = found(first, second)
         right = now if right is None else 0.98 * right + 0.02 * now
-        bar.n = round(100 * run.progress)
-        bar.set_postfix_str(f"step {run.step} found {right:.1%}", refresh=False)
-        bar.update(0)
+        run.show(f"found {right:.1%}")
 
 
 def load_reward(checkpoint: Path) -> LookReward:

@@ -13,14 +13,12 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from training.data import CACHE
 from training.loop import Run, data_rng, device, launch, layers_by_muon
-from training.models import STYLE_SIZE, build_conditioning
+from training.models import STYLE_SIZE, build_style_path
 from training.pool import PICTURES, POOL
 
 CHECKPOINT = CACHE / "style.pt"
@@ -34,9 +32,7 @@ class StylePath(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        conditioning = build_conditioning(eos_token_id=1)
-        names = ("image_encoder", "style_projector")
-        self.conditioning = nn.ModuleDict({name: conditioning[name] for name in names})
+        self.conditioning = build_style_path()
         projector: Any = self.conditioning["style_projector"]
         width = projector.config.hidden_size
         self.look, self.drawing = (
@@ -89,7 +85,6 @@ def train(minutes: float, looks: int, lr: float, checkpoint: Path, seed: int) ->
     rng = data_rng(seed, run.step)
     shards = [np.load(path / "target.npy", mmap_mode="r") for path in sorted(POOL.glob("train-*-128x128"))]
     right: np.ndarray | None = None
-    bar = tqdm(total=100, disable=dist.get_rank() > 0, mininterval=10)
     while run.progress < 1:
         pictures = shards[rng.integers(len(shards))]
         chosen = rng.choice(len(pictures) // PICTURES, min(looks, len(pictures) // PICTURES), replace=False)
@@ -101,11 +96,7 @@ def train(minutes: float, looks: int, lr: float, checkpoint: Path, seed: int) ->
         run.update(contrast_loss(look[0], look[1]) + contrast_loss(drawing[0], drawing[2]))
         now = np.array([found(look[0], look[1]), found(drawing[0], drawing[2])])
         right = now if right is None else 0.98 * right + 0.02 * now
-        bar.n = round(100 * run.progress)
-        bar.set_postfix_str(
-            f"step {run.step} found look {right[0]:.1%} drawing {right[1]:.1%}", refresh=False
-        )
-        bar.update(0)
+        run.show(f"found look {right[0]:.1%} drawing {right[1]:.1%}")
 
 
 if __name__ == "__main__":

@@ -19,10 +19,8 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from training.data import CACHE
 from training.latents import LATENTS, unit_normal
@@ -197,16 +195,20 @@ def mean_pictures(shards: list[Shard]) -> dict[str, Tensor]:
     return {subject: unit_normal(sums[subject] / counts[subject]) for subject in sums}
 
 
+def draw_names(shard: Shard, means: dict[str, Tensor], rng: np.random.Generator, size: int) -> Batch:
+    """Prompts of one shard's subjects, each with the mean of its pictures."""
+    rows = rng.choice(len(shard.content), min(size, len(shard.content)), replace=False)
+    target = torch.stack([means[shard.subjects[row]] for row in rows])
+    return replace(shard.batch("text", rows.tolist(), rng), target=target, mean=True)
+
+
 def draw_batch(
     shards: list[Shard], means: dict[str, Tensor], rng: np.random.Generator, size: int, *, guided: bool
 ) -> Batch:
     """A batch of one shard and one kind; `means` are those of `mean_pictures`."""
     shard = shards[rng.integers(len(shards))]
     if not guided and rng.random() < WORDS:
-        rows = rng.choice(len(shard.content), 2 * size, replace=False)
-        plain = torch.stack([means[shard.subjects[row]] for row in rows])
-        batch = replace(shard.batch("text", rows.tolist(), rng), target=plain, mean=True)
-        return batch.to(device())
+        return draw_names(shard, means, rng, 2 * size).to(device())
     kind = str(rng.choice(list(KINDS), p=list(KINDS.values())))
     if guided and rng.random() < MIXED:
         kind = "content + mixed styles"
@@ -394,7 +396,6 @@ def train(
     shards: list[Shard] = []
     means: dict[str, Tensor] = {}
     smooth: float | None = None
-    bar = tqdm(total=100, disable=dist.get_rank() > 0, mininterval=10)
     while run.progress < 1:
         if run.step % RELOAD == 0 or not shards:  # what `training.latents` has encoded meanwhile
             found = load_shards(shards, reward, shard)
@@ -408,9 +409,7 @@ def train(
             loss = loss_of(model, batch, teacher if guided else None, reward)
         run.update(loss)
         smooth = loss.item() if smooth is None else 0.99 * smooth + 0.01 * loss.item()
-        bar.n = round(100 * run.progress)
-        bar.set_postfix_str(f"step {run.step} loss {smooth:.4f}", refresh=False)
-        bar.update(0)
+        run.show(f"loss {smooth:.4f}")
 
 
 if __name__ == "__main__":

@@ -9,11 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor
-from tqdm import tqdm
 
 from training.data import CACHE
 from training.loop import MuonAdamW, Run, averaged_weights, data_rng, device, launch
@@ -80,7 +78,6 @@ def train(minutes: float, batch: int, lr: float, checkpoint: Path, seed: int) ->
     others = [p for p in vae.parameters() if not (p.ndim == 4 and min(p.shape[:2]) > 4)]
     run = Run(vae, MuonAdamW(matrices, others, lr), lr=lr, minutes=minutes, checkpoint=checkpoint)
     rng = data_rng(seed, run.step)
-    bar = tqdm(total=100, disable=dist.get_rank() > 0, mininterval=10)
     while run.progress < 1:
         # Small crops give more steps; the last third learns whole pictures, as they will come.
         size = 64 if run.progress < 2 / 3 else 128
@@ -89,11 +86,7 @@ def train(minutes: float, batch: int, lr: float, checkpoint: Path, seed: int) ->
         output = vae.decoder(mean + (0.5 * logvar).exp() * torch.randn_like(mean))
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         run.update(reconstruction_loss(output, target) + KL_WEIGHT * kl)
-        bar.n = round(100 * run.progress)
-        bar.set_postfix_str(
-            f"step {run.step} {psnr(output.detach(), target):.2f} dB kl {kl.item():.2f}", refresh=False
-        )
-        bar.update(0)
+        run.show(f"{psnr(output.detach(), target):.2f} dB kl {kl.item():.2f}")
 
 
 def load_vae() -> AutoencoderKL:

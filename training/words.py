@@ -11,19 +11,24 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from training.loop import Run, autocast, data_rng, device, launch, layers_by_muon
-from training.models import NATIVE_SIDE, TEXT_WIDTH, build_conditioning
+from training.models import NATIVE_SIDE, TEXT_WIDTH, build_text_encoders
 from training.style import found
 from training.text import encode_prompts, load_tokenizers
-from training.train import TOKENIZERS, WORDS_CHECKPOINT, load_shards, mean_pictures, prepare_tokenizers
+from training.train import (
+    TOKENIZERS,
+    WORDS_CHECKPOINT,
+    draw_names,
+    load_shards,
+    mean_pictures,
+    prepare_tokenizers,
+)
 from uso.model.geometry import pack_latents
 
-KINDS = {"text": 0.8, "text + look": 0.2}  # as in `training.train`
+LOOKS = 0.2  # of the batches: a picture in a look, not the mean of a subject's plain ones
 WIDTH = 192
 POSITIONS = (NATIVE_SIDE // 16) ** 2
 
@@ -34,9 +39,7 @@ class Words(nn.Module):
     def __init__(self, tokenizers: Path) -> None:
         super().__init__()
         self.tokenizers = load_tokenizers(tokenizers)
-        conditioning = build_conditioning(self.tokenizers[0].eos_token_id)
-        names = ("text_encoder", "text_encoder_2")
-        self.conditioning = nn.ModuleDict({name: conditioning[name] for name in names})
+        self.conditioning = build_text_encoders(self.tokenizers[0].eos_token_id)
         self.query = nn.Parameter(torch.randn(1, POSITIONS, WIDTH))
         self.pooled = nn.Linear(TEXT_WIDTH, WIDTH)
         self.read = nn.MultiheadAttention(WIDTH, 3, kdim=TEXT_WIDTH, vdim=TEXT_WIDTH, batch_first=True)
@@ -56,27 +59,25 @@ def train(minutes: float, size: int, lr: float, checkpoint: Path, seed: int) -> 
     shards = load_shards([], None)
     means = mean_pictures(shards)
     seen: np.ndarray | None = None
-    bar = tqdm(total=100, disable=dist.get_rank() > 0, mininterval=10)
     while run.progress < 1:
         shard = shards[rng.integers(len(shards))]
-        kind = str(rng.choice(list(KINDS), p=list(KINDS.values())))
-        rows = rng.choice(len(shard.content), min(size, len(shard.content)), replace=False)
-        batch = shard.batch(kind, rows.tolist(), rng)
-        plain = torch.stack([means[shard.subjects[row]] for row in rows])
-        target = pack_latents(plain if kind == "text" else batch.target).to(device())
+        if rng.random() < LOOKS:
+            rows = rng.choice(len(shard.target), min(size, len(shard.target)), replace=False)
+            batch = shard.batch("text + look", rows.tolist(), rng)
+        else:
+            batch = draw_names(shard, means, rng, size)
+        target = pack_latents(batch.target).to(device())
         with autocast():
             drawn = model(batch.prompts).float()
         loss = F.mse_loss(drawn, target)
         run.update(loss)
-        if kind == "text":
+        if batch.mean:
             vectors = (
                 F.normalize((each.detach() - target.mean(0)).flatten(1), dim=1) for each in (drawn, target)
             )
             now = np.array([loss.item(), found(*vectors)])
             seen = now if seen is None else 0.98 * seen + 0.02 * now
-            bar.set_postfix_str(f"step {run.step} loss {seen[0]:.4f} found {seen[1]:.1%}", refresh=False)
-        bar.n = round(100 * run.progress)
-        bar.update(0)
+            run.show(f"loss {seen[0]:.4f} found {seen[1]:.1%}")
 
 
 if __name__ == "__main__":
