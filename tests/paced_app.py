@@ -1,6 +1,6 @@
 """`python app.py` that can be slowed, for tests that look at what happens meanwhile: nano is done in no time.
 
-While the file exists that is named first, a step of a picture takes a second, a part of a model to load five.
+While the file exists that is named first, a step of a picture takes a second, and a model's loading waits.
 """
 
 import sys
@@ -31,7 +31,7 @@ class PacedEngine(Engine):
                 nonlocal said
                 progress(text, fraction)
                 if text != said:
-                    pace(5)
+                    pace(120)
                 said = text
 
             pipe = load(report)

@@ -105,7 +105,9 @@ def server(folder: Path) -> Iterator[str]:
 
 @pytest.fixture
 def slow(server: str, folder: Path) -> Iterator[Path]:
-    """A step takes a second as long as this file is there."""
+    """A step takes a second as long as this file is there; loading, which would wait, is done."""
+    while httpx.get(f"{server}/readyz").status_code != 200:
+        time.sleep(0.1)
     path = folder / "slow"
     path.touch()
     yield path
