@@ -52,6 +52,26 @@ def test_a_closed_run_waits_for_the_device() -> None:
     assert pipe.inside == 0
 
 
+def test_ctrl_c_while_the_thread_starts_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch in a thread that goes on while Python ends aborts the process."""
+    start = threading.Thread.start
+
+    def interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        raise KeyboardInterrupt
+
+    steps: list[None] = []
+    pipe = FakePipeline(lambda index: steps.append(time.sleep(0.05)))  # type: ignore[func-returns-value]
+    device = Device(pipe, device="cpu")
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            next(device.run(work(num_steps=50), lambda: False))
+    assert pipe.inside == 0
+    assert not [thread for thread in threading.enumerate() if thread.name == "uso-device"]
+    assert len(steps) < 50
+
+
 def test_a_cuda_error_is_the_end_of_the_device() -> None:
     def fail(index: int) -> None:
         raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nCompile with ...")

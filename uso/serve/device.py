@@ -169,8 +169,8 @@ class Device:
         drawing = _Drawing(self, work, lambda: closed.is_set() or cancelled(), keep, events)
         thread = threading.Thread(target=drawing.run, name="uso-device", daemon=True)
         begin_peak(self.device)
-        thread.start()
         try:
+            thread.start()
             while True:
                 try:
                     event = events.get(timeout=self.step_limit)
@@ -188,7 +188,9 @@ class Device:
                 yield Progress(phase, step, None if latents is None else self._preview(latents))
         except (GeneratorExit, KeyboardInterrupt):
             closed.set()
-            thread.join(timeout=self.step_limit)
+            # Ctrl-C may come within `start`, whose thread cannot be joined before it runs
+            if drawing.begun.wait(1):
+                thread.join(timeout=self.step_limit)
             if thread.is_alive():
                 raise self._hung() from None
             raise
@@ -250,11 +252,13 @@ class _Drawing:
         self.device, self.pipe, self.work = device, device.pipe, work
         self.cancelled, self.keep, self.events = cancelled, keep, events
         self.step = 0
+        self.begun = threading.Event()
         self.began: dict[Phase, float] = {}
         self.previewed = 0.0
 
     def run(self) -> None:
         """Put events, then the picture or the exception."""
+        self.begun.set()
         hook = self.pipe.transformer.register_forward_pre_hook(self._before_transformer)
         try:
             self._enter("encoding")
