@@ -27,9 +27,9 @@ from uso.model.geometry import (
     schedule_mu,
     unpack_latents,
 )
-from uso.model.last_block import last_block_for_picture
 from uso.model.once import ConditioningCache, precomputed
 from uso.model.scheduler import USOFlowMatchEulerScheduler
+from uso.model.single_blocks import lean_single_blocks
 from uso.model.style_projector import StyleProjector
 from uso.model.tuning import fuse_qkv, split_qkv
 from uso.model.windows import Windows, round_to_tokens
@@ -233,7 +233,7 @@ class USOPipeline(DiffusionPipeline, FluxLoraLoaderMixin):
                     style_tokens=style_tokens,
                     ids=torch.cat([txt_ids, img_ids]),
                 ) as at_step,
-                last_block_for_picture(self.transformer, windows.split(latents)),
+                lean_single_blocks(self.transformer, windows.split(latents)),
                 self.progress_bar(total=num_inference_steps) as progress_bar,
             ):
                 for i, t in enumerate(self.scheduler.timesteps):

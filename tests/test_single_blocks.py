@@ -1,4 +1,4 @@
-"""The last block computes the picture's tokens alone, and the picture stays the same."""
+"""The last block computes the picture's tokens alone, the others copy less; the picture stays the same."""
 
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tests.test_pipeline import SECOND_STYLE, STYLE, draw
 from uso.model import pipeline
+from uso.model.attention import CPUAttnProcessor
 from uso.model.pipeline import USOPipeline
 
 
@@ -27,7 +28,7 @@ def last_block(pipe: USOPipeline) -> Any:
 
 def whole(pipe: USOPipeline, **arguments: Any) -> Tensor:
     """As diffusers computes it."""
-    with mock.patch.object(pipeline, "last_block_for_picture", mock.MagicMock()):
+    with mock.patch.object(pipeline, "lean_single_blocks", mock.MagicMock()):
         return draw(pipe, **arguments)
 
 
@@ -40,6 +41,26 @@ def test_the_picture_is_the_same(pipe: USOPipeline, arguments: dict[str, Any], f
         pipe.fuse_qkv_projections()
     expected = whole(pipe, **arguments)
     torch.testing.assert_close(draw(pipe, **arguments), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_other_blocks_are_diffusers_own_bit_for_bit(pipe: USOPipeline, fused: bool) -> None:
+    pipe.transformer.set_attn_processor(CPUAttnProcessor())
+    if fused:
+        pipe.fuse_qkv_projections()
+    block: Any = pipe.transformer.single_transformer_blocks[0]
+    seen: list[Any] = []
+
+    def keep(block: Any, args: Any, kwargs: Any, output: Any) -> None:
+        seen.append((args, kwargs, output, block.forward.__func__))
+
+    with block.register_forward_hook(keep, with_kwargs=True):
+        draw(pipe)
+    args, kwargs, output, forward = seen[-1]
+    with torch.inference_mode():
+        expected = block(*args, **kwargs)
+    assert forward is not type(block).forward
+    assert all(map(torch.equal, output, expected))
 
 
 def test_only_the_pictures_tokens_go_through_its_mlp(pipe: USOPipeline) -> None:

@@ -1,0 +1,107 @@
+"""The transformer's single blocks with less work.
+
+What becomes of text, style and content tokens in the last one is dropped right after, in diffusers' code as
+in the official one: here they are keys and values alone, and only the picture's come out. On a CPU the others
+write attention and MLP to where `proj_out` reads both, and are diffusers' own bit for bit.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import MethodType
+from typing import Any
+
+import torch
+from diffusers import FluxTransformer2DModel
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
+from torch import Tensor
+
+from uso.model.attention import CPUAttnProcessor, rotate
+
+
+@contextmanager
+def lean_single_blocks(transformer: FluxTransformer2DModel, latents: Tensor) -> Iterator[None]:
+    """Within it the last block gives the first N tokens of its image stream; `latents` is `(1, N, 64)`.
+
+    A block that something else has changed (a step cache, streamed weights, another attention) is left alone.
+    """
+    lean: list[Any] = []
+    *others, last = transformer.single_transformer_blocks
+    for block in others:
+        if _unchanged(block, CPUAttnProcessor) and block._compiled_call_impl is None:
+            block.forward = MethodType(_forward, block)
+            lean.append(block)
+    if _unchanged(last, FluxAttnProcessor, CPUAttnProcessor):
+        last.latents = latents  # a number would be a constant of a compiled block
+        last.forward = MethodType(_forward_last, last)
+        lean.append(last)
+    try:
+        yield
+    finally:
+        for block in lean:
+            del block.forward
+        vars(last).pop("latents", None)
+
+
+def _unchanged(block: Any, *processors: type) -> bool:
+    return "forward" not in vars(block) and type(block.attn.processor) in processors
+
+
+def _forward(
+    block: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    temb: Tensor,
+    image_rotary_emb: tuple[Tensor, Tensor],
+    joint_attention_kwargs: dict[str, Any] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """diffusers' `FluxSingleTransformerBlock.forward` with fewer copies."""
+    text = encoder_hidden_states.shape[1]
+    tokens = torch.cat([encoder_hidden_states, hidden_states], dim=1)  # (1, T + N, hidden)
+    normed, gate = block.norm(tokens, emb=temb)
+    attended = block.attn(hidden_states=normed, image_rotary_emb=image_rotary_emb)
+    output = _project(block, attended, normed).mul_(gate.unsqueeze(1)).add_(tokens)
+    return output[:, :text], output[:, text:]
+
+
+def _project(block: Any, attended: Tensor, normed: Tensor) -> Tensor:
+    """`proj_out` of `attended` and of the MLP of `normed`, `(1, N, hidden)` each."""
+    mlp = block.proj_mlp(normed)
+    if torch.compiler.is_compiling() or mlp.device.type != "cpu":
+        both = torch.cat([attended, block.act_mlp(mlp)], dim=2)
+    else:
+        both = mlp.new_empty(*mlp.shape[:2], block.proj_out.in_features)
+        both[..., : attended.shape[2]] = attended
+        torch.ops.aten.gelu.out(mlp, approximate="tanh", out=both[..., attended.shape[2] :])
+    output: Tensor = block.proj_out(both)
+    return output
+
+
+def _forward_last(
+    block: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    temb: Tensor,
+    image_rotary_emb: tuple[Tensor, Tensor],
+    joint_attention_kwargs: dict[str, Any] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`_forward` with queries, MLP and output of some tokens."""
+    attention, text, count = block.attn, encoder_hidden_states.shape[1], block.latents.shape[1]
+    tokens = torch.cat([encoder_hidden_states, hidden_states], dim=1)  # (1, T + N + content, hidden)
+    normed, gate = block.norm(tokens, emb=temb)
+    # `narrow`, not slices: these may end where the tokens do or before, which would be two graphs
+    picture = normed.narrow(1, text, count)  # (1, N, hidden)
+    if attention.fused_projections:
+        query, key, value = attention.to_qkv(normed).chunk(3, dim=-1)
+        query = query.narrow(1, text, count)
+    else:
+        query, key, value = attention.to_q(picture), attention.to_k(normed), attention.to_v(normed)
+    # (1, tokens, hidden) -> (1, tokens, heads, width)
+    query, key, value = (x.unflatten(-1, (-1, attention.head_dim)) for x in (query, key, value))
+    cos, sin = (part.narrow(0, text, count) for part in image_rotary_emb)
+    query = rotate(attention.norm_q(query), (cos, sin))
+    key = rotate(attention.norm_k(key), image_rotary_emb)
+    backend = attention.processor._attention_backend
+    attended = dispatch_attention_fn(query, key, value, backend=backend).flatten(2, 3)  # (1, N, hidden)
+    output = _project(block, attended, picture).mul_(gate.unsqueeze(1))
+    return encoder_hidden_states, output.add_(hidden_states.narrow(1, 0, count))
