@@ -3,8 +3,10 @@
 import platform
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from torch._dynamo.testing import CompileCounter
 
 from tests.parity import GOLDENS, load
 from tests.test_pipeline import CONTENT, SECOND_STYLE, STYLE, close, draw
-from uso.model import tuning
+from uso.model import onednn, tuning
 from uso.model.attention import CPUAttnProcessor
 from uso.model.pipeline import USOPipeline
 
@@ -91,25 +93,30 @@ def test_compiled_blocks_have_one_set_of_graphs_for_all_pictures(pipe: USOPipeli
 
 
 @pytest.fixture
-def onednn(pipe: USOPipeline, monkeypatch: pytest.MonkeyPatch) -> Any:
+def by_onednn(pipe: USOPipeline, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The transformer as a CPU has it, its products by oneDNN though they are small."""
     if not torch.backends.mkldnn.is_available():
         pytest.skip("a torch without oneDNN")
-    monkeypatch.setattr(tuning, "ONEDNN_WIDTH", 1)
+    monkeypatch.setattr(onednn, "WIDTH", 1)
     tuning.tune(pipe.transformer, torch.device("cpu"))
     return pipe.transformer
 
 
-def products(pipe: USOPipeline) -> set[str]:
-    """Which operations make those of a picture."""
+def products(pipe: USOPipeline) -> Counter[str]:
+    """How often which operations make those of a picture in one step."""
     with torch.profiler.profile() as profile:
         draw(pipe, num_inference_steps=1)
-    return {event.key for event in profile.key_averages()} & {"aten::addmm", "mkldnn::_linear_pointwise"}
+    kinds = ("aten::addmm", "mkldnn::_linear_pointwise")
+    return Counter({event.key: event.count for event in profile.key_averages() if event.key in kinds})
 
 
-def test_small_products_are_left_to_torch(pipe: USOPipeline) -> None:
+def test_small_products_are_left_to_torch_but_for_those_before_gelu(pipe: USOPipeline) -> None:
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("a torch without oneDNN")
     tuning.tune(pipe.transformer, torch.device("cpu"))
-    assert products(pipe) == {"aten::addmm"}
+    counts, config = products(pipe), pipe.transformer.config
+    assert counts["mkldnn::_linear_pointwise"] == 2 * config.num_layers + config.num_single_layers
+    assert counts["aten::addmm"]
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -129,12 +136,14 @@ def test_attention_for_a_cpu_gives_the_same_picture(pipe: USOPipeline, expected:
     assert rotations > in_last_block > 0
 
 
-def test_products_by_onednn_give_the_same_picture(onednn: Any, pipe: USOPipeline, expected: Tensor) -> None:
+def test_products_by_onednn_give_the_same_picture(
+    by_onednn: Any, pipe: USOPipeline, expected: Tensor
+) -> None:
     assert "mkldnn::_linear_pointwise" in products(pipe)
     assert close(draw(pipe), expected)
 
 
-def test_a_lora_counts_beside_onednn(onednn: Any, pipe: USOPipeline, tiny_folder: Path) -> None:
+def test_a_lora_counts_beside_onednn(by_onednn: Any, pipe: USOPipeline, tiny_folder: Path) -> None:
     lora = {
         "pretrained_model_name_or_path_or_dict": GOLDENS / "weights",
         "weight_name": "dit_lora.safetensors",
@@ -147,13 +156,23 @@ def test_a_lora_counts_beside_onednn(onednn: Any, pipe: USOPipeline, tiny_folder
     assert close(draw(pipe), draw(other))
 
 
-def test_gradients_go_through_torchs_products(onednn: Any) -> None:
-    layer = onednn.single_transformer_blocks[0].proj_mlp.requires_grad_(True)
+def test_a_lora_counts_before_gelu(by_onednn: Any, pipe: USOPipeline, expected: Tensor) -> None:
+    layers = ["proj_mlp", "net.0.proj"]
+    torch.manual_seed(0)
+    pipe.transformer.add_adapter(LoraConfig(target_modules=layers, init_lora_weights=False))
+    adapted = draw(pipe)
+    assert not close(adapted, expected)
+    with mock.patch.object(onednn, "_computes", return_value=False):
+        assert close(draw(pipe), adapted)
+
+
+def test_gradients_go_through_torchs_products(by_onednn: Any) -> None:
+    layer = by_onednn.single_transformer_blocks[0].proj_mlp.requires_grad_(True)
     layer(torch.ones(1, layer.in_features)).sum().backward()
     assert layer.weight.grad is not None
 
 
-def test_compiled_blocks_have_torchs_products(onednn: Any, pipe: USOPipeline, expected: Tensor) -> None:
+def test_compiled_blocks_have_torchs_products(by_onednn: Any, pipe: USOPipeline, expected: Tensor) -> None:
     counter = CompileCounter()
     targets = set()
 

@@ -2,7 +2,7 @@
 
 What becomes of text, style and content tokens in the last one is dropped right after, in diffusers' code as
 in the official one: here they are keys and values alone, and only the picture's come out. On a CPU the others
-write attention and MLP to where `proj_out` reads both, and are diffusers' own bit for bit.
+make fewer passes over their tokens.
 """
 
 from collections.abc import Iterator
@@ -17,6 +17,7 @@ from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from torch import Tensor
 
 from uso.model.attention import CPUAttnProcessor, rotate
+from uso.model.onednn import linear_gelu
 
 
 @contextmanager
@@ -55,7 +56,7 @@ def _forward(
     image_rotary_emb: tuple[Tensor, Tensor],
     joint_attention_kwargs: dict[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """diffusers' `FluxSingleTransformerBlock.forward` with fewer copies."""
+    """diffusers' `FluxSingleTransformerBlock.forward`, with fewer passes over the tokens."""
     text = encoder_hidden_states.shape[1]
     tokens = torch.cat([encoder_hidden_states, hidden_states], dim=1)  # (1, T + N, hidden)
     normed, gate = block.norm(tokens, emb=temb)
@@ -66,14 +67,7 @@ def _forward(
 
 def _project(block: Any, attended: Tensor, normed: Tensor) -> Tensor:
     """`proj_out` of `attended` and of the MLP of `normed`, `(1, N, hidden)` each."""
-    mlp = block.proj_mlp(normed)
-    if torch.compiler.is_compiling() or mlp.device.type != "cpu":
-        both = torch.cat([attended, block.act_mlp(mlp)], dim=2)
-    else:
-        both = mlp.new_empty(*mlp.shape[:2], block.proj_out.in_features)
-        both[..., : attended.shape[2]] = attended
-        torch.ops.aten.gelu.out(mlp, approximate="tanh", out=both[..., attended.shape[2] :])
-    output: Tensor = block.proj_out(both)
+    output: Tensor = block.proj_out(torch.cat([attended, linear_gelu(block.proj_mlp, normed)], dim=2))
     return output
 
 

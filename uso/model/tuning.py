@@ -7,7 +7,6 @@ import ctypes
 import logging
 import platform
 from collections.abc import Iterator, Sequence
-from types import MethodType
 from typing import Any
 
 import torch
@@ -15,14 +14,13 @@ from diffusers import FluxTransformer2DModel
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 
 from uso.model.attention import FUSED, CPUAttnProcessor
+from uso.model.onednn import use_onednn
 
 logger = logging.getLogger(__name__)
 
-# a layer of fewer inputs or outputs is no faster in oneDNN
-ONEDNN_WIDTH = 256
 # mallopt(3), by malloc.h's numbers: one arena for all threads (M_ARENA_MAX), for others always map large
 # buffers; none is mapped (M_MMAP_THRESHOLD); none is given back when it is freed (M_TRIM_THRESHOLD)
 MALLOPT = {-8: 1, -3: 2**31 - 1, -1: 2**31 - 1}
@@ -94,26 +92,6 @@ def tune(transformer: FluxTransformer2DModel, device: torch.device) -> None:
         for attention in _attentions(transformer):
             if type(attention.processor) is FluxAttnProcessor:
                 attention.set_processor(CPUAttnProcessor())
-
-
-def use_onednn(transformer: FluxTransformer2DModel) -> None:
-    """Large float32 products by oneDNN on the same weights; torch leaves them to MKL, slower on AMD.
-
-    Compiled blocks, and gradients, keep torch's own.
-    """
-    if torch.backends.mkldnn.is_available():
-        for layer in transformer.modules():
-            if type(layer) is not nn.Linear or layer.weight.dtype != torch.float32:
-                continue
-            if min(layer.weight.shape) >= ONEDNN_WIDTH:
-                layer.forward = MethodType(_onednn_linear, layer)  # type: ignore[method-assign]
-
-
-def _onednn_linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return nn.functional.linear(x, layer.weight, layer.bias)
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, "none", [], "")
-    return product
 
 
 def keep_buffers() -> None:

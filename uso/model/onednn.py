@@ -1,0 +1,60 @@
+"""A transformer's float32 products by oneDNN, on the same weights; torch leaves them to MKL, slower on AMD.
+
+Compiled blocks, and gradients, keep torch's own.
+"""
+
+from types import MethodType
+
+import torch
+import torch.nn.functional as F
+from diffusers import FluxTransformer2DModel
+from diffusers.models.activations import GELU
+from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock
+from torch import Tensor, nn
+
+# a layer of fewer inputs or outputs is no faster, unless GELU follows
+WIDTH = 256
+
+
+def use_onednn(transformer: FluxTransformer2DModel) -> None:
+    """Have its large layers, and those before GELU, computed by oneDNN, the latter together with it."""
+    if not torch.backends.mkldnn.is_available():
+        return
+    for module in transformer.modules():
+        if type(module) is nn.Linear and min(module.weight.shape) >= WIDTH:
+            _take(module)
+        elif type(module) is FluxSingleTransformerBlock:
+            _take(module.proj_mlp)
+        elif type(module) is GELU and module.approximate == "tanh":
+            _take(module.proj)
+            module.forward = MethodType(_gelu, module)
+
+
+def _take(layer: nn.Module) -> None:
+    if type(layer) is nn.Linear and layer.weight.dtype == torch.float32:
+        layer.forward = MethodType(_linear, layer)  # type: ignore[method-assign]
+
+
+def linear_gelu(layer: nn.Module, x: Tensor) -> Tensor:
+    """GELU, by tanh, of what `layer` makes of `x`: one operation if oneDNN has both."""
+    taken = getattr(vars(layer).get("forward"), "__func__", None) is _linear
+    if taken and not layer._forward_hooks and _computes():
+        return _product(layer, x, "gelu", "tanh")
+    return F.gelu(layer(x), approximate="tanh")
+
+
+def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    return _product(layer, x) if _computes() else F.linear(x, layer.weight, layer.bias)
+
+
+def _gelu(module: GELU, x: Tensor) -> Tensor:
+    return linear_gelu(module.proj, x)
+
+
+def _computes() -> bool:
+    return not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def _product(layer: nn.Module, x: Tensor, after: str = "none", kind: str = "") -> Tensor:
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, after, [], kind)
+    return product
