@@ -206,8 +206,9 @@ def test_text_encoders_are_trained_first_and_stay(cache: Path) -> None:
     assert not [name for name, weight in trained.items() if not torch.equal(after[name], weight)]
 
 
-def test_the_reward_asks_for_the_look_as_much_as_the_slider(
-    cache: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("kind", ["content + style", "text"])
+def test_the_reward_asks_for_look_and_subject_as_much_as_the_slider(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     vae.train(ONE_STEP, 4, 1e-3, vae.CHECKPOINT, 0)
     latents.encode_pool()
@@ -216,12 +217,21 @@ def test_the_reward_asks_for_the_look_as_much_as_the_slider(
     reward.train(ONE_STEP, 2, 1e-3, reward.CHECKPOINT, 0)
     network = reward.load_reward(reward.CHECKPOINT)
     shard = train.load_shards([], network)[0]
-    batch = shard.batch("content + style", [0, PICTURES], np.random.default_rng(0))
-    assert batch.looks is not None
+    batch = shard.batch(kind, [0, PICTURES], np.random.default_rng(0))
     assert batch.right.tolist() == [0, 1]
-    encoded = network(latents.unit_normal(shard.target))
-    means = encoded.unflatten(0, (2, PICTURES))[:, : reward.TOLD_BY].mean(1)
-    torch.testing.assert_close(batch.looks, torch.nn.functional.normalize(means, dim=1), atol=0.02, rtol=0.02)
+    if kind == "text":
+        named = [shard.shown[0], shard.shown[PICTURES]]
+        subjects = [shard.subjects[0], shard.subjects[PICTURES]]
+        told = [name in prompt for name, prompt in zip(subjects, batch.prompts, strict=True)]
+        assert any(told)
+        assert batch.named.tolist() == [row if t else -1 for row, t in zip(named, told, strict=True)]
+        assert batch.looks is None
+    else:
+        assert batch.named is None
+        encoded = network(latents.unit_normal(shard.target))[0]
+        means = encoded.unflatten(0, (2, PICTURES))[:, : reward.TOLD_BY].mean(1)
+        means = torch.nn.functional.normalize(means, dim=1)
+        torch.testing.assert_close(batch.looks, means, atol=0.02, rtol=0.02)
     nano = train.Nano(train.TOKENIZERS)
     losses = {}
     for slider in (1.0, 3.0, 5.0):
@@ -241,7 +251,7 @@ def test_a_batch_is_learned_where_the_model_is(cache: Path) -> None:
     """No tensor is made on the CPU beside a model elsewhere: with "meta" any would raise."""
     text.build_tokenizers(train.TOKENIZERS)
     meta = torch.device("meta")
-    nano, network = train.Nano(train.TOKENIZERS).to(meta), reward.LookReward().to(meta)
+    nano, network = train.Nano(train.TOKENIZERS).to(meta), reward.Reward(5).to(meta)
     batch = train.Batch(
         target=torch.zeros(2, 16, 16, 16),
         content=torch.zeros(2, 16, 16, 16),
@@ -249,6 +259,7 @@ def test_a_batch_is_learned_where_the_model_is(cache: Path) -> None:
         prompts=["a cat", ""],
         looks=torch.zeros(3, reward.EMBEDDING),
         right=torch.tensor([0, 2]),
+        named=torch.tensor([-1, 4]),
     ).to(meta)
     loss = train.loss_of(nano, batch, nano, network)
     assert loss.device == meta

@@ -91,7 +91,7 @@ class SamePictures(Shard):
 class LatentStyles(Shard):
     """Style pictures are latents."""
 
-    def random_style(self, row: int, rng: np.random.Generator) -> Tensor:
+    def random_style(self, row: int, rng: np.random.Generator, same: float) -> Tensor:
         return unit_normal(self.target[self.siblings(row, rng, 1)[0]])
 
 

@@ -127,10 +127,12 @@ def make_shard(job: tuple[str, int, int, list[str]]) -> int:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--looks", type=int, default=300, help="looks to train on (default 300)")
+    parser.add_argument("--first", type=int, default=0, help="shards of looks to leave out, known by now")
     parser.add_argument("--processes", type=int, default=2, help="worker processes (default 2)")
     args = parser.parse_args()
     subjects = write_subjects()
-    jobs = [("train", FIRST_SHARD + i, SHARD, subjects) for i in range(-(-args.looks // SHARD))]
+    numbers = [FIRST_SHARD + args.first + i for i in range(-(-args.looks // SHARD))]
+    jobs = [("train", number, SHARD, subjects) for number in numbers]
     jobs.append(("paintings", 0, SHARD, subjects))
     with (
         multiprocessing.Pool(args.processes) as pool,

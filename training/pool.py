@@ -253,10 +253,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--looks", type=int, default=4000, help="looks to train on (default 4000)")
+    parser.add_argument("--first", type=int, default=0, help="shards of looks to leave out, known by now")
     parser.add_argument("--processes", type=int, default=2, help="worker processes (default 2)")
     args = parser.parse_args()
     names = write_subjects()
-    jobs = [("train", number, SIDE, SIDE, SHARD, names) for number in range(-(-args.looks // SHARD))]
+    numbers = [args.first + i for i in range(-(-args.looks // SHARD))]
+    jobs = [("train", number, SIDE, SIDE, SHARD, names) for number in numbers]
     jobs[4:4] = [(split, 0, SIDE, SIDE, 120, names) for split in ("looks", "families")]
     with (
         multiprocessing.Pool(args.processes) as pool,

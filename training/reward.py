@@ -1,96 +1,126 @@
-"""Train what rewards the right look: `python -m training.reward --minutes 8`.
+"""Train what rewards the right look and subject: `python -m training.reward --minutes 10`.
 
-USO's style reward learning in small: a network tells from latents which pictures share a look, and
-`training.train` rewards the transformer for predictions that it finds in the look asked for. It learns
-contrastively from the training pool alone, apart from the style path and from the judges of the evaluation.
+USO's style reward learning in small: a network tells from latents which pictures share a look, and which
+subject they show. `training.train` rewards the transformer for predictions in which it finds the look and
+the subject asked for. It learns from the training pool alone, apart from the style path and from the judges
+of the evaluation.
 """
 
 import argparse
+import json
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from training.data import CACHE
 from training.latents import LATENTS, unit_normal
-from training.loop import Run, autocast, averaged_weights, data_rng, device, launch, layers_by_muon
-from training.pool import PICTURES
+from training.loop import MuonAdamW, Run, autocast, averaged_weights, data_rng, device, launch
+from training.pool import PICTURES, POOL
 from training.style import TEMPERATURE, contrast_loss, found
 
 CHECKPOINT = CACHE / "reward.pt"
 EMBEDDING = 128
+WIDTHS = (128, 192, 256, 256)
+STRIDES = (1, 2, 1, 2)
 NOISE = 0.3  # at most, on latents of variance 1, so that no small deviation decides
 TOLD_BY = 4  # pictures of a look, whose mean vector stands for it
 
 
-class LookReward(nn.Module):
-    """Unit-normal latents `(B, 16, 16, 16)` to unit vectors `(B, EMBEDDING)`, near within a look."""
+class Reward(nn.Module):
+    """Unit-normal latents `(B, 16, 16, 16)` to unit vectors `(B, EMBEDDING)` of look and subject.
 
-    def __init__(self) -> None:
+    `subjects`: how many there are, by row of the pool's `subjects.json`; each has a vector.
+    """
+
+    def __init__(self, subjects: int) -> None:
         super().__init__()
-        self.encoder = SiglipVisionModel(
-            SiglipVisionConfig(
-                num_channels=16,
-                image_size=16,
-                patch_size=2,
-                hidden_size=192,
-                intermediate_size=576,
-                num_hidden_layers=4,
-                num_attention_heads=3,
-                vision_use_head=False,
-            )
-        )
-        self.head = nn.Sequential(nn.Linear(5 * 2 * 192, 256), nn.GELU(), nn.Linear(256, EMBEDDING))
+        stages, before = [], 16
+        for width, stride in zip(WIDTHS, STRIDES, strict=True):
+            convolution = nn.Conv2d(before, width, 3, stride=stride, padding=1, bias=False)
+            stages.append(nn.Sequential(convolution, nn.BatchNorm2d(width), nn.ReLU()))
+            before = width
+        self.stages = nn.ModuleList(stages)
+        features = 2 * (16 + sum(WIDTHS))
+        self.look = nn.Sequential(nn.BatchNorm1d(features), nn.Linear(features, EMBEDDING))
+        self.subject = nn.Sequential(nn.BatchNorm1d(16 * before), nn.Linear(16 * before, EMBEDDING))
+        self.subjects = nn.Parameter(torch.randn(subjects, EMBEDDING))
 
-    def forward(self, latents: Tensor) -> Tensor:
-        levels = self.encoder(latents, output_hidden_states=True).hidden_states  # 5 of (B, 64, 192)
-        parts = [part for level in levels for part in torch.std_mean(level.float(), dim=1)]
-        return F.normalize(self.head(torch.cat(parts, dim=1)), dim=1)
+    def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        maps = [latents.contiguous(memory_format=torch.channels_last)]
+        for stage in self.stages:
+            maps.append(stage(maps[-1]))
+        texture = torch.cat([part for m in maps for part in torch.std_mean(m.float(), (2, 3))], dim=1)
+        shapes = maps[-1].float().flatten(1)  # (B, C, 4, 4) -> (B, C * 16)
+        look, subject = self.look(texture).float(), self.subject(shapes).float()
+        return F.normalize(look, dim=1), F.normalize(subject, dim=1)
 
     def describe_looks(self, latents: Tensor) -> Tensor:
         """Looks `(L, EMBEDDING)` from PICTURES neighbouring latents of each, `(L * PICTURES, 16, 16, 16)`."""
         told = latents.unflatten(0, (-1, PICTURES))[:, :TOLD_BY]
-        return F.normalize(self(told.flatten(0, 1)).unflatten(0, told.shape[:2]).mean(1), dim=1)
+        return F.normalize(self(told.flatten(0, 1))[0].unflatten(0, told.shape[:2]).mean(1), dim=1)
 
-    def loss(self, latents: Tensor, looks: Tensor, right: Tensor) -> Tensor:
-        """How far latents `(B, 16, 16, 16)` are from look `right` `(B,)` among `looks` `(L, E)`: `(B,)`."""
-        return F.cross_entropy(self(latents) @ looks.T / TEMPERATURE, right, reduction="none")
+    def look_loss(self, look: Tensor, looks: Tensor, right: Tensor) -> Tensor:
+        """How far `look` `(B, E)` is from number `right` `(B,)` of `looks` `(L, E)`: `(B,)`."""
+        return F.cross_entropy(look @ looks.T / TEMPERATURE, right, reduction="none")
+
+    def subject_loss(self, subject: Tensor, right: Tensor) -> Tensor:
+        """How far `subject` `(B, E)` is from subject number `right` `(B,)`: `(B,)`; 0 where that is -1."""
+        similar = subject @ F.normalize(self.subjects, dim=1).T
+        return F.cross_entropy(similar / TEMPERATURE, right, reduction="none", ignore_index=-1)
 
 
 def train(minutes: float, looks: int, lr: float, checkpoint: Path, seed: int) -> None:
-    """One process's work: two pictures of each of `looks` looks a step."""
-    model = LookReward().to(device())
-    run = Run(model, layers_by_muon(model, lr), lr=lr, minutes=minutes, checkpoint=checkpoint)
+    """One process's work: two pictures of each of `looks` looks a step, and the same plain."""
+    subjects = json.loads((POOL / "subjects.json").read_text())
+    model = Reward(len(subjects)).to(device())
+    kernels = [p for p in model.parameters() if p.ndim == 4]
+    optimizer = MuonAdamW(kernels, [p for p in model.parameters() if p.ndim != 4], lr)
+    run = Run(model, optimizer, lr=lr, minutes=minutes, checkpoint=checkpoint)
     rng = data_rng(seed, run.step)
-    shards = [np.load(path / "target.npy", mmap_mode="r") for path in sorted(LATENTS.glob("train-*"))]
-    right: float | None = None
+    shards = [
+        (np.load(path / "target.npy", "r"), np.load(path / "content.npy", "r"), shown(path.name))
+        for path in sorted(LATENTS.glob("train-*"))
+    ]
+    right: np.ndarray | None = None
     while run.progress < 1:
-        shard = shards[rng.integers(len(shards))]
-        chosen = rng.choice(len(shard) // PICTURES, min(looks, len(shard) // PICTURES), replace=False)
-        rows = np.array([look * PICTURES + rng.choice(PICTURES, 2, replace=False) for look in chosen]).T
-        latents = unit_normal(shard[rows.reshape(-1)]).to(device())
+        target, content, names = shards[rng.integers(len(shards))]
+        chosen = rng.choice(len(target) // PICTURES, min(looks, len(target) // PICTURES), replace=False)
+        pairs = np.array([look * PICTURES + rng.choice(PICTURES, 2, replace=False) for look in chosen]).T
+        rows = pairs.reshape(-1)
+        latents = unit_normal(np.concatenate([target[rows], content[rows]])).to(device())
         strength = NOISE * torch.rand(len(latents), 1, 1, 1, device=latents.device)
+        shows = torch.from_numpy(np.tile(names[rows], 2)).to(device())
         with autocast():
-            first, second = model(latents + strength * torch.randn_like(latents)).chunk(2)
-        run.update(contrast_loss(first, second))
-        now = found(first, second)
+            look, subject = model(latents + strength * torch.randn_like(latents))
+        first, second = look[: len(rows)].chunk(2)
+        run.update(contrast_loss(first, second) + model.subject_loss(subject, shows).mean())
+        with torch.no_grad():
+            nearest = (subject @ F.normalize(model.subjects, dim=1).T).argmax(1)
+        now = np.array([found(first, second), (nearest == shows).float().mean().item()])
         right = now if right is None else 0.98 * right + 0.02 * now
-        run.show(f"found {right:.1%}")
+        run.show(f"found look {right[0]:.1%} subject {right[1]:.1%}")
 
 
-def load_reward(checkpoint: Path) -> LookReward:
+def shown(shard: str) -> np.ndarray:
+    """Which subjects a shard's pictures show, int64 `(N,)`."""
+    rows: np.ndarray = np.load(POOL / shard / "subject.npy")
+    return rows
+
+
+def load_reward(checkpoint: Path) -> Reward:
     """The averaged network, frozen."""
-    model = LookReward()
-    model.load_state_dict(averaged_weights(checkpoint))
+    weights = averaged_weights(checkpoint)
+    model = Reward(len(weights["subjects"]))
+    model.load_state_dict(weights)
     return model.eval().requires_grad_(False)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=8)
+    parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--looks", type=int, default=64, help="looks a process and step")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--processes", type=int, help="default: the GPUs, or 2 without one")

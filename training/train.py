@@ -3,8 +3,8 @@
 Resumes from its checkpoint; a new run starts from the encoders that `training.style` and `training.words`
 have trained, or, by `--init assets/nano`, from shipped weights. Needs the latents. Rectified flow: noise and
 conditions to the velocity, over a mix of condition kinds. At last the model learns its own guided velocity,
-so that one pass at inference does what two would, to mix two looks, and, with `training.reward`'s network, to
-be found in the look asked for the more the guidance is turned up.
+so that one pass at inference does what two would, to mix two looks, and, with `training.reward`'s network,
+that look and subject asked for are found in what it draws, the more the guidance is turned up.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from training.models import (
 )
 from training.pool import PICTURES, POOL
 from training.reward import CHECKPOINT as REWARD_CHECKPOINT
-from training.reward import LookReward, load_reward
+from training.reward import Reward, load_reward, shown
 from training.style import CHECKPOINT as STYLE_CHECKPOINT
 from training.style import random_view
 from training.text import build_tokenizers, encode_prompts, load_tokenizers
@@ -49,16 +49,16 @@ TOKENIZERS = CACHE / "tokenizers"
 KINDS = {
     "content + style": 0.52,
     "content + 2 styles": 0.07,
-    "style + text": 0.12,
+    "style + text": 0.14,
     "content + look": 0.05,
     "content": 0.02,
     "text": 0.14,
-    "text + look": 0.08,
+    "text + look": 0.06,
 }
 MIXED = 0.1  # of the batches that learn guidance: two style pictures of different looks
-REWARD = 0.015  # its weight at the end of the slider: a third of the squared error's gradient
-WORDS = 0.2  # of the batches without guidance: a prompt at pure noise, with the mean of its pictures
-SAME = 0.1  # of the style pictures: a part of the one to be drawn
+REWARD = 0.02  # its weight at the end of the slider
+WORDS = 0.1  # of the batches without guidance: a prompt at pure noise, with the mean of its pictures
+SAME = 0.35  # of the style pictures beside content: a part of the one to be drawn
 SHEETS = 0.15  # of the style pictures: four subjects in the look on one sheet, not one subject
 RELOAD = 100  # steps
 SLIDER = (1.0, 5.0)  # `guidance_scale` as the user gives it
@@ -84,8 +84,9 @@ class Batch:
     prompts: list[str]
     mixed: bool = False  # the two style pictures are of different looks
     mean: bool = False  # `target` is the mean of what the prompt may be: what pure noise has to become
-    looks: Tensor | None = None  # `(L, E)`: what `LookReward` makes of the shard's looks
+    looks: Tensor | None = None  # `(L, E)`: what `Reward` makes of the shard's looks
     right: Tensor | None = None  # `(B,)`: which of them is each picture's
+    named: Tensor | None = None  # `(B,)`: the subject that only the prompt tells; -1: none
 
     def to(self, device: torch.device) -> "Batch":
         """The same on a device."""
@@ -98,14 +99,14 @@ class Batch:
 class Shard:
     """One shard of the pool with its latents."""
 
-    def __init__(self, name: str, subjects: list[str], reward: LookReward | None) -> None:
+    def __init__(self, name: str, subjects: list[str], reward: Reward | None) -> None:
         self.name = name
         self.content, self.target = (
             np.load(LATENTS / name / f"{kind}.npy", mmap_mode="r") for kind in ("content", "target")
         )
         self.pictures = np.load(POOL / name / "target.npy", mmap_mode="r")
-        rows = np.load(POOL / name / "subject.npy")
-        self.subjects = [subjects[row] for row in rows]
+        self.shown = shown(name)
+        self.subjects = [subjects[row] for row in self.shown]
         looks = json.loads((POOL / name / "looks.json").read_text())  # "words": family, then colours
         self.looks = [look["words"] for look in looks for _ in range(PICTURES)]
         self.reward = reward
@@ -127,12 +128,14 @@ class Shard:
         a, b, c, d = self.pictures[rows]
         return _as_style(np.vstack([np.hstack([a, b]), np.hstack([c, d])]))
 
-    def random_style(self, row: int, rng: np.random.Generator) -> Tensor:
-        """The look of picture `row`, told by a part of itself, by another picture or by a sheet of them."""
-        chance = rng.random()
-        if chance < SAME:
+    def random_style(self, row: int, rng: np.random.Generator, same: float) -> Tensor:
+        """The look of picture `row`, told by a part of itself, by another picture or by a sheet of them.
+
+        `same`: the chance of the first.
+        """
+        if rng.random() < same:
             return _as_style(random_view(rng, self.pictures[row]))
-        if chance < SAME + SHEETS:
+        if rng.random() < SHEETS:
             return self.sheet(self.siblings(row, rng, 4))
         return self.style(self.siblings(row, rng, 1)[0])
 
@@ -150,17 +153,20 @@ class Shard:
         """The pictures `rows` under conditions of one kind."""
         mixed = "mixed" in kind
         styles = 2 if "styles" in kind else int("style" in kind)
-        prompts, pictures = [], []
+        prompts, pictures, named = [], [], []
+        alone = "text" in kind  # the prompt alone tells the subject
         for row in rows:
             subject = TEMPLATES[rng.integers(len(TEMPLATES))].format(self.subjects[row])
             words = self.looks[row] if rng.random() < 0.75 else self.looks[row].partition(",")[0]
             look = LOOK_TEMPLATES[rng.integers(len(LOOK_TEMPLATES))].format(words)
             # Empty prompts and no content at all are needed too: guidance is measured from there.
-            chance = 0.9 if "text" in kind else 0.4 if "look" in kind else 0.3 if styles else 0
-            prompts.append(", ".join([subject] * bool(rng.random() < chance) + [look] * ("look" in kind)))
+            chance = 0.9 if alone else 0.4 if "look" in kind else 0.3 if styles else 0
+            told = bool(rng.random() < chance)
+            prompts.append(", ".join([subject] * told + [look] * ("look" in kind)))
+            named.append(self.shown[row] if told and alone else -1)
             if styles:
                 of = [row, int(rng.integers(len(self.looks)))] if mixed else [row] * styles
-                pictures.append(torch.stack([self.random_style(r, rng) for r in of]))
+                pictures.append(torch.stack([self.random_style(r, rng, 0 if alone else SAME) for r in of]))
         return Batch(
             target=unit_normal(self.targets(kind)[rows]),
             content=unit_normal(self.content[rows]) if "content" in kind else None,
@@ -169,6 +175,7 @@ class Shard:
             mixed=mixed,
             looks=self.look_vectors if styles and not mixed else None,
             right=torch.tensor([row // PICTURES for row in rows]),
+            named=torch.tensor(named) if alone else None,
         )
 
 
@@ -177,7 +184,7 @@ def _as_style(picture: np.ndarray) -> Tensor:
     return torch.from_numpy(small / np.float32(127.5) - 1).permute(2, 0, 1)
 
 
-def load_shards(known: list[Shard], reward: LookReward | None, kind: type[Shard] = Shard) -> list[Shard]:
+def load_shards(known: list[Shard], reward: Reward | None, kind: type[Shard] = Shard) -> list[Shard]:
     """The training shards that are encoded by now, of pictures of NATIVE_SIDE, beside those already known."""
     subjects = [subject["name"] for subject in json.loads((POOL / "subjects.json").read_text())]
     names = {path.name for path in LATENTS.glob(f"train-*-{NATIVE_SIDE}x{NATIVE_SIDE}")}
@@ -326,10 +333,11 @@ def guided_velocity(
     return velocity + (guidance_weight(slider) - 1)[:, None, None] * (full - empty)
 
 
-def loss_of(model: Nano, batch: Batch, teacher: Nano | None, reward: LookReward | None) -> Tensor:
+def loss_of(model: Nano, batch: Batch, teacher: Nano | None, reward: Reward | None) -> Tensor:
     """Mean squared error of the velocity at random noise levels; with a teacher, of the guided velocity.
 
-    Then with a reward: the predicted picture shall be found in its look, the more the slider asks for it.
+    Then with a reward: look and subject that only style picture and prompt tell shall be found in the
+    predicted picture, the more the slider asks for it.
     """
     clean, noise = batch.target, torch.randn_like(batch.target)
     # Logit-normal, well above the middle: near 1 the conditions alone decide what the picture becomes.
@@ -344,12 +352,17 @@ def loss_of(model: Nano, batch: Batch, teacher: Nano | None, reward: LookReward 
         velocity = guided_velocity(teacher, noisy, sigma, slider, velocity, batch)
     output = model(noisy, sigma, slider, content=batch.content, style=batch.style, prompts=batch.prompts)
     loss = F.mse_loss(output.float(), velocity.float())
-    if teacher is None or reward is None or batch.looks is None or batch.right is None:
+    if teacher is None or reward is None or (batch.looks is None and batch.named is None):
         return loss
     pixels = [8 * side for side in clean.shape[-2:]]
     predicted = noisy - sigma[:, None, None, None] * unpack_latents(output, height=pixels[0], width=pixels[1])
-    found = reward.loss(predicted, batch.looks, batch.right)
-    return loss + REWARD * ((slider - SLIDER[0]) / (SLIDER[1] - SLIDER[0]) * found).mean()
+    look, subject = reward(predicted)
+    missed = torch.zeros_like(slider)
+    if batch.looks is not None and batch.right is not None:
+        missed += reward.look_loss(look, batch.looks, batch.right)
+    if batch.named is not None:
+        missed += reward.subject_loss(subject, batch.named)
+    return loss + REWARD * ((slider - SLIDER[0]) / (SLIDER[1] - SLIDER[0]) * missed).mean()
 
 
 def prepare_tokenizers(init: Path | None) -> None:
