@@ -5,6 +5,7 @@ threads; with GPUs there is one process each. The schedule follows the minutes t
 a run fits its time on any machine.
 """
 
+import argparse
 import math
 import os
 import random
@@ -30,6 +31,16 @@ ALLOCATOR = {
     "OMP_NUM_THREADS": "1",
 }
 GRADIENT_NORM = 1.0  # at most: one batch in some thousand has a loss a hundred times the others'
+
+
+def training_options(description: str | None, *, minutes: float, lr: float = 2e-3) -> argparse.ArgumentParser:
+    """The options that every training has, with these defaults."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--minutes", type=float, default=minutes, help="in all, earlier parts counted")
+    parser.add_argument("--lr", type=float, default=lr, help="the highest learning rate")
+    parser.add_argument("--processes", type=int, help="default: the GPUs, or 2 without one")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser
 
 
 def device() -> torch.device:

@@ -6,7 +6,6 @@ the subject asked for. It learns from the training pool alone, apart from the st
 of the evaluation.
 """
 
-import argparse
 import json
 from pathlib import Path
 
@@ -17,7 +16,16 @@ from torch import Tensor, nn
 
 from training.data import CACHE
 from training.latents import LATENTS, unit_normal
-from training.loop import MuonAdamW, Run, autocast, averaged_weights, data_rng, device, launch
+from training.loop import (
+    MuonAdamW,
+    Run,
+    autocast,
+    averaged_weights,
+    data_rng,
+    device,
+    launch,
+    training_options,
+)
 from training.pool import PICTURES, POOL
 from training.style import TEMPERATURE, contrast_loss, found
 
@@ -119,11 +127,7 @@ def load_reward(checkpoint: Path) -> Reward:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=10)
+    parser = training_options(__doc__, minutes=10)
     parser.add_argument("--looks", type=int, default=64, help="looks a process and step")
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--processes", type=int, help="default: the GPUs, or 2 without one")
-    parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args()
     launch(train, a.minutes, a.looks, a.lr, CHECKPOINT, a.seed, processes=a.processes, seed=a.seed)

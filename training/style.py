@@ -6,7 +6,6 @@ lost its colours, for colours alone tell most looks apart. `training.train` star
 pool.
 """
 
-import argparse
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from training.data import CACHE
-from training.loop import Run, data_rng, device, launch, layers_by_muon
+from training.loop import Run, data_rng, device, launch, layers_by_muon, training_options
 from training.models import STYLE_SIZE, build_style_path
 from training.pool import PICTURES, POOL
 
@@ -100,11 +99,7 @@ def train(minutes: float, looks: int, lr: float, checkpoint: Path, seed: int) ->
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=10)
+    parser = training_options(__doc__, minutes=10)
     parser.add_argument("--looks", type=int, default=64, help="looks a process and step")
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--processes", type=int, help="default: the GPUs, or 2 without one")
-    parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args()
     launch(train, a.minutes, a.looks, a.lr, CHECKPOINT, a.seed, processes=a.processes, seed=a.seed)

@@ -7,7 +7,6 @@ so that one pass at inference does what two would, to mix two looks, and, with `
 that look and subject asked for are found in what it draws, the more the guidance is turned up.
 """
 
-import argparse
 import json
 import shutil
 from collections.abc import Sequence
@@ -24,7 +23,16 @@ from torch import Tensor, nn
 
 from training.data import CACHE
 from training.latents import LATENTS, unit_normal
-from training.loop import MuonAdamW, Run, autocast, averaged_weights, data_rng, device, launch
+from training.loop import (
+    MuonAdamW,
+    Run,
+    autocast,
+    averaged_weights,
+    data_rng,
+    device,
+    launch,
+    training_options,
+)
 from training.models import (
     NATIVE_SIDE,
     STYLE_SIZE,
@@ -426,10 +434,8 @@ def train(
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=75)
+    parser = training_options(__doc__, minutes=75)
     parser.add_argument("--batch", type=int, default=12, help="pictures a process and step")
-    parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument(
         "--distill-from",
         type=float,
@@ -437,8 +443,6 @@ if __name__ == "__main__":
         help="part of the run from which on every second batch learns guidance; 1: never (default 0.7)",
     )
     parser.add_argument("--init", type=Path, help="diffusers folder to start from, such as assets/nano")
-    parser.add_argument("--processes", type=int, help="default: the GPUs, or 2 without one")
-    parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args()
     prepare_tokenizers(a.init)
     launch(

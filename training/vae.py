@@ -4,7 +4,6 @@ Loss: absolute difference of pixels, of their gradients at three scales (edges a
 of the latents towards a unit normal distribution.
 """
 
-import argparse
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from training.data import CACHE
-from training.loop import MuonAdamW, Run, averaged_weights, data_rng, device, launch
+from training.loop import MuonAdamW, Run, averaged_weights, data_rng, device, launch, training_options
 from training.models import NANO, build_vae
 from training.pool import POOL
 
@@ -104,20 +103,16 @@ def load_vae() -> AutoencoderKL:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=30)
+    parser = training_options(__doc__, minutes=30)
     parser.add_argument("--batch", type=int, default=16, help="64 px crops a process and step")
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--processes", type=int, help="default: the GPUs, or 2 without one")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
+    a = parser.parse_args()
     launch(
         train,
-        arguments.minutes,
-        arguments.batch,
-        arguments.lr,
+        a.minutes,
+        a.batch,
+        a.lr,
         CHECKPOINT,
-        arguments.seed,
-        processes=arguments.processes,
-        seed=arguments.seed,
+        a.seed,
+        processes=a.processes,
+        seed=a.seed,
     )

@@ -6,7 +6,6 @@ it, without the reader: beside pictures, words have too little to say for the en
 the latents.
 """
 
-import argparse
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from training.loop import Run, autocast, data_rng, device, launch, layers_by_muon
+from training.loop import Run, autocast, data_rng, device, launch, layers_by_muon, training_options
 from training.models import NATIVE_SIDE, TEXT_WIDTH, build_text_encoders
 from training.style import found
 from training.text import encode_prompts, load_tokenizers
@@ -81,15 +80,11 @@ def train(minutes: float, size: int, lr: float, checkpoint: Path, seed: int) -> 
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=10)
+    parser = training_options(__doc__, minutes=10)
     parser.add_argument("--batch", type=int, default=128, help="prompts a process and step")
-    parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument(
         "--init", type=Path, help="diffusers folder whose tokenizers to take, such as assets/nano"
     )
-    parser.add_argument("--processes", type=int, help="default: the GPUs, or 2 without one")
-    parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args()
     prepare_tokenizers(a.init)
     launch(train, a.minutes, a.batch, a.lr, WORDS_CHECKPOINT, a.seed, processes=a.processes, seed=a.seed)
