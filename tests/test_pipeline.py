@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import FirstBlockCacheConfig
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+from diffusers import DiffusionPipeline, FirstBlockCacheConfig
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.parity import GOLDENS, load, picture
 from uso.errors import Cancelled, ImageError
@@ -383,6 +384,17 @@ def test_wrong_arguments_are_named(pipe: USOPipeline, arguments: dict[str, Any],
 def test_prompt_must_be_text(pipe: USOPipeline) -> None:
     with pytest.raises(ValueError, match="`prompt` must be one string, got list"):
         pipe(["a", "b"])
+
+
+def test_it_computes_where_offload_says(pipe: USOPipeline) -> None:
+    assert pipe._execution_device == DiffusionPipeline._execution_device.fget(pipe) == torch.device("cpu")
+    models = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+    for model in models:
+        add_hook_to_module(model, AlignDevicesHook(execution_device="meta"))
+    assert pipe._execution_device == DiffusionPipeline._execution_device.fget(pipe) == torch.device("meta")
+    for model in models:
+        remove_hook_from_module(model)
+    assert pipe._execution_device == torch.device("cpu")
 
 
 def test_schnell_has_no_guidance() -> None:

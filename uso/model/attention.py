@@ -21,9 +21,18 @@ def rotate(x: Tensor, image_rotary_emb: tuple[Tensor, Tensor]) -> Tensor:
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         rotated: Tensor = apply_rotary_emb(x, image_rotary_emb, sequence_dim=1)
         return rotated
-    turns = torch.complex(*(part[:, None, ::2] for part in image_rotary_emb))  # (S, 1, D / 2)
+    turns = _complex(image_rotary_emb)
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (B, S, H, D / 2)
     return torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)
+
+
+def _complex(image_rotary_emb: tuple[Any, Tensor]) -> Tensor:
+    """The turns as complex numbers `(S, 1, D / 2)`, kept with the cosines, which all blocks are given."""
+    cos, sin = image_rotary_emb
+    if "turns" not in vars(cos):
+        cos.turns = torch.complex(cos[:, None, ::2], sin[:, None, ::2])
+    turns: Tensor = cos.turns
+    return turns
 
 
 class CPUAttnProcessor(FluxAttnProcessor):
