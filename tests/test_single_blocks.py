@@ -71,24 +71,30 @@ def test_only_the_pictures_tokens_go_through_its_mlp(pipe: USOPipeline) -> None:
 
 
 def test_nothing_stays_behind(pipe: USOPipeline) -> None:
-    before = set(vars(last_block(pipe)))
+    pipe.transformer.set_attn_processor(CPUAttnProcessor())
+    blocks = list(pipe.transformer.single_transformer_blocks)
+    before = [set(vars(block)) for block in blocks]
 
     def fail(*_: Any) -> None:
+        assert all("forward" in vars(block) for block in blocks)
         raise RuntimeError("in the middle")
 
     handle = last_block(pipe).proj_mlp.register_forward_hook(fail)
     with pytest.raises(RuntimeError, match="in the middle"):
         draw(pipe)
     handle.remove()
-    assert set(vars(last_block(pipe))) == before
+    assert [set(vars(block)) for block in blocks] == before
     draw(pipe)
-    assert set(vars(last_block(pipe))) == before
+    assert [set(vars(block)) for block in blocks] == before
 
 
 def test_a_step_cache_is_left_alone(pipe: USOPipeline) -> None:
+    ours = draw(pipe)
     pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.0))
     expected = whole(pipe)
     assert torch.equal(draw(pipe), expected)
+    pipe.transformer.disable_cache()
+    assert torch.equal(draw(pipe), ours), "without it the blocks are lean again"
 
 
 def test_another_attention_is_asked(pipe: USOPipeline) -> None:

@@ -33,11 +33,11 @@ ALLOCATOR = {
 GRADIENT_NORM = 1.0  # at most: one batch in some thousand has a loss a hundred times the others'
 
 
-def training_options(description: str | None, *, minutes: float, lr: float = 2e-3) -> argparse.ArgumentParser:
-    """The options that every training has, with these defaults."""
+def training_options(description: str | None, *, minutes: float) -> argparse.ArgumentParser:
+    """The options that every training has."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--minutes", type=float, default=minutes, help="in all, earlier parts counted")
-    parser.add_argument("--lr", type=float, default=lr, help="the highest learning rate")
+    parser.add_argument("--lr", type=float, default=2e-3, help="the highest learning rate")
     parser.add_argument("--processes", type=int, help="default: the GPUs, or 2 without one")
     parser.add_argument("--seed", type=int, default=0)
     return parser

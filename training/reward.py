@@ -119,7 +119,7 @@ def shown(shard: str) -> np.ndarray:
 
 
 def load_reward(checkpoint: Path) -> Reward:
-    """The averaged network, frozen."""
+    """The averaged network of a finished run, frozen; its normalization knows the last batches."""
     weights = averaged_weights(checkpoint)
     model = Reward(len(weights["subjects"]))
     model.load_state_dict(weights)

@@ -67,7 +67,7 @@ MIXED = 0.1  # of the batches that learn guidance: two style pictures of differe
 REWARD = 0.02  # its weight at the end of the slider
 WORDS = 0.1  # of the batches without guidance: a prompt at pure noise, with the mean of its pictures
 SAME = 0.35  # of the style pictures beside content: a part of the one to be drawn
-SHEETS = 0.15  # of the style pictures: four subjects in the look on one sheet, not one subject
+SHEETS = 0.15  # of the others: four subjects in the look on one sheet, not one subject
 RELOAD = 100  # steps
 SLIDER = (1.0, 5.0)  # `guidance_scale` as the user gives it
 TEMPLATES = ("{}", "a {}", "a picture of a {}", "{} in this style", "the {}", "a photo of a {}")
@@ -171,7 +171,7 @@ class Shard:
             chance = 0.9 if alone else 0.4 if "look" in kind else 0.3 if styles else 0
             told = bool(rng.random() < chance)
             prompts.append(", ".join([subject] * told + [look] * ("look" in kind)))
-            named.append(self.shown[row] if told and alone else -1)
+            named.append(self.shown[row] if told else -1)
             if styles:
                 of = [row, int(rng.integers(len(self.looks)))] if mixed else [row] * styles
                 pictures.append(torch.stack([self.random_style(r, rng, 0 if alone else SAME) for r in of]))

@@ -37,22 +37,27 @@ def _take(layer: nn.Module) -> None:
 
 def linear_gelu(layer: nn.Module, x: Tensor) -> Tensor:
     """GELU, by tanh, of what `layer` makes of `x`: one operation if oneDNN has both."""
-    taken = getattr(vars(layer).get("forward"), "__func__", None) is _linear
-    if taken and not layer._forward_hooks and _computes():
+    if _computes(x) and getattr(layer.forward, "__func__", None) is _linear and not _hooked(layer):
         return _product(layer, x, "gelu", "tanh")
     return F.gelu(layer(x), approximate="tanh")
 
 
 def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    return _product(layer, x) if _computes() else F.linear(x, layer.weight, layer.bias)
+    return _product(layer, x) if _computes(x) else F.linear(x, layer.weight, layer.bias)
 
 
 def _gelu(module: GELU, x: Tensor) -> Tensor:
     return linear_gelu(module.proj, x)
 
 
-def _computes() -> bool:
-    return not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+def _computes(x: Tensor) -> bool:
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return False
+    return x.is_cpu and x.dtype == torch.float32
+
+
+def _hooked(layer: nn.Module) -> bool:
+    return bool(layer._forward_hooks or layer._forward_pre_hooks)
 
 
 def _product(layer: nn.Module, x: Tensor, after: str = "none", kind: str = "") -> Tensor:

@@ -111,9 +111,10 @@ class USOPipeline(DiffusionPipeline, FluxLoraLoaderMixin):
         for part in (part for model in models for part in walk(model)):
             registry: Any = vars(part).get("_diffusers_hook")
             if "_hf_hook" in vars(part) or (registry and registry.hooks):
-                device: torch.device = super()._execution_device
-                return device
-        return next(models[0].parameters()).device
+                offloaded: torch.device = super()._execution_device
+                return offloaded
+        devices = [next(model.parameters()).device for model in models]
+        return next((device for device in devices if device.type not in ("cpu", "meta")), devices[0])
 
     @torch.no_grad()
     def __call__(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from diffusers import FluxTransformer2DModel
 from diffusers.models.attention_dispatch import dispatch_attention_fn
-from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor, FluxSingleTransformerBlock
 from torch import Tensor
 
 from uso.model.attention import CPUAttnProcessor, rotate
@@ -22,30 +22,31 @@ from uso.model.onednn import linear_gelu
 
 @contextmanager
 def lean_single_blocks(transformer: FluxTransformer2DModel, latents: Tensor) -> Iterator[None]:
-    """Within it the last block gives the first N tokens of its image stream; `latents` is `(1, N, 64)`.
+    """Within it the last block gives the first N tokens of its image stream; `latents` is `(B, N, 64)`.
 
     A block that something else has changed (a step cache, streamed weights, another attention) is left alone.
     """
-    lean: list[Any] = []
     *others, last = transformer.single_transformer_blocks
+    forwards: dict[Any, Any] = {}
     for block in others:
         if _unchanged(block, CPUAttnProcessor) and block._compiled_call_impl is None:
-            block.forward = MethodType(_forward, block)
-            lean.append(block)
+            forwards[block] = _forward
     if _unchanged(last, FluxAttnProcessor, CPUAttnProcessor):
         last.latents = latents  # a number would be a constant of a compiled block
-        last.forward = MethodType(_forward_last, last)
-        lean.append(last)
+        forwards[last] = _forward_last
+    for block, forward in forwards.items():
+        block.forward = MethodType(forward, block)
     try:
         yield
     finally:
-        for block in lean:
+        for block in forwards:
             del block.forward
         vars(last).pop("latents", None)
 
 
 def _unchanged(block: Any, *processors: type) -> bool:
-    return "forward" not in vars(block) and type(block.attn.processor) in processors
+    diffusers = getattr(block.forward, "__func__", None) is FluxSingleTransformerBlock.forward
+    return diffusers and type(block.attn.processor) in processors
 
 
 def _forward(
@@ -58,15 +59,15 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """diffusers' `FluxSingleTransformerBlock.forward`, with fewer passes over the tokens."""
     text = encoder_hidden_states.shape[1]
-    tokens = torch.cat([encoder_hidden_states, hidden_states], dim=1)  # (1, T + N, hidden)
+    tokens = torch.cat([encoder_hidden_states, hidden_states], dim=1)  # (B, T + N, hidden)
     normed, gate = block.norm(tokens, emb=temb)
     attended = block.attn(hidden_states=normed, image_rotary_emb=image_rotary_emb)
-    output = _project(block, attended, normed).mul_(gate.unsqueeze(1)).add_(tokens)
+    output = _project(block, attended, normed).mul_(gate.unsqueeze(1)) + tokens
     return output[:, :text], output[:, text:]
 
 
 def _project(block: Any, attended: Tensor, normed: Tensor) -> Tensor:
-    """`proj_out` of `attended` and of the MLP of `normed`, `(1, N, hidden)` each."""
+    """`proj_out` of `attended` and of the MLP of `normed`, `(B, N, hidden)` each."""
     output: Tensor = block.proj_out(torch.cat([attended, linear_gelu(block.proj_mlp, normed)], dim=2))
     return output
 
@@ -81,21 +82,21 @@ def _forward_last(
 ) -> tuple[Tensor, Tensor]:
     """`_forward` with queries, MLP and output of some tokens."""
     attention, text, count = block.attn, encoder_hidden_states.shape[1], block.latents.shape[1]
-    tokens = torch.cat([encoder_hidden_states, hidden_states], dim=1)  # (1, T + N + content, hidden)
+    tokens = torch.cat([encoder_hidden_states, hidden_states], dim=1)  # (B, T + N + content, hidden)
     normed, gate = block.norm(tokens, emb=temb)
     # `narrow`, not slices: these may end where the tokens do or before, which would be two graphs
-    picture = normed.narrow(1, text, count)  # (1, N, hidden)
+    picture = normed.narrow(1, text, count)  # (B, N, hidden)
     if attention.fused_projections:
         query, key, value = attention.to_qkv(normed).chunk(3, dim=-1)
         query = query.narrow(1, text, count)
     else:
         query, key, value = attention.to_q(picture), attention.to_k(normed), attention.to_v(normed)
-    # (1, tokens, hidden) -> (1, tokens, heads, width)
+    # (B, tokens, hidden) -> (B, tokens, heads, width)
     query, key, value = (x.unflatten(-1, (-1, attention.head_dim)) for x in (query, key, value))
     cos, sin = (part.narrow(0, text, count) for part in image_rotary_emb)
     query = rotate(attention.norm_q(query), (cos, sin))
     key = rotate(attention.norm_k(key), image_rotary_emb)
     backend = attention.processor._attention_backend
-    attended = dispatch_attention_fn(query, key, value, backend=backend).flatten(2, 3)  # (1, N, hidden)
+    attended = dispatch_attention_fn(query, key, value, backend=backend).flatten(2, 3)  # (B, N, hidden)
     output = _project(block, attended, picture).mul_(gate.unsqueeze(1))
-    return encoder_hidden_states, output.add_(hidden_states.narrow(1, 0, count))
+    return encoder_hidden_states, output + hidden_states.narrow(1, 0, count)
