@@ -1,4 +1,4 @@
-"""Train what rewards the right look and subject: `python -m training.reward --minutes 10`.
+"""Train what rewards the right look and subject: `python -m training.reward --minutes 9`.
 
 USO's style reward learning in small: a network tells from latents which pictures share a look, and which
 subject they show. `training.train` rewards the transformer for predictions in which it finds the look and
