@@ -23,7 +23,7 @@ ONE_STEP = 1e-9  # minutes: over when the first step is done
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A pool of one shard of two looks, and a group of this process alone."""
+    """A pool of two shards of two looks each, and a group of this process alone."""
     for module in (vae, latents, text, style, reward, train, export, ablate, words):
         for name, path in (
             ("POOL", "pool"),
@@ -45,14 +45,15 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for module, name in ((reward, "CHECKPOINT"), (train, "REWARD_CHECKPOINT")):
         monkeypatch.setattr(module, name, tmp_path / "reward.pt")
     monkeypatch.setattr(ablate, "FOLDER", tmp_path)
-    shard = tmp_path / "pool" / "train-0000-128x128"
-    shard.mkdir(parents=True)
-    pictures = np.random.default_rng(0).integers(0, 256, (2, 2 * PICTURES, 128, 128, 3), np.uint8)
-    np.save(shard / "content.npy", pictures[0])
-    np.save(shard / "target.npy", pictures[1])
-    np.save(shard / "subject.npy", np.arange(2 * PICTURES))
     looks = [{"id": i, "family": "halftone", "words": "halftone, navy and cream"} for i in range(2)]
-    (shard / "looks.json").write_text(json.dumps(looks))
+    for i, split in enumerate(("train", "named")):
+        shard = tmp_path / "pool" / f"{split}-0000-128x128"
+        shard.mkdir(parents=True)
+        pictures = np.random.default_rng(i).integers(0, 256, (2, 2 * PICTURES, 128, 128, 3), np.uint8)
+        np.save(shard / "content.npy", pictures[0])
+        np.save(shard / "target.npy", pictures[1])
+        np.save(shard / "subject.npy", np.arange(2 * PICTURES))
+        (shard / "looks.json").write_text(json.dumps(looks))
     subjects = [{"name": f"subject {i}", "held_out": False} for i in range(2 * PICTURES)]
     (tmp_path / "pool" / "subjects.json").write_text(json.dumps(subjects))
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
@@ -157,7 +158,7 @@ def test_a_mix_of_looks_is_learned_as_the_mean_of_both(cache: Path, monkeypatch:
     teacher = train.Nano(train.TOKENIZERS)
     for parameter in teacher.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
-    batch = train.draw_batch(train.load_shards([], None), {}, np.random.default_rng(0), 2, guided=True)
+    batch = train.draw_batch(train.load_shards([], None), np.random.default_rng(0), 2, guided=True)
     assert batch.mixed
     assert batch.style is not None
     noisy, sigma, slider = torch.randn(2, 16, 16, 16), torch.full((2,), 0.9), torch.ones(2)
@@ -184,19 +185,24 @@ def test_style_path_is_trained_first_and_taken_over(cache: Path) -> None:
     ]
 
 
-def test_text_encoders_are_trained_first_and_stay(cache: Path) -> None:
+def test_a_prompt_alone_always_draws_the_same(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     vae.train(ONE_STEP, 4, 1e-3, vae.CHECKPOINT, 0)
-    subjects = np.arange(2 * PICTURES)
-    subjects[1] = 0
-    np.save(cache / "pool" / "train-0000-128x128" / "subject.npy", subjects)
     latents.encode_pool()
     latents.write_scale()
     shards = train.load_shards([], None)
-    plain = latents.unit_normal(shards[0].content)
-    means = train.mean_pictures(shards)
-    assert "subject 1" not in means
-    torch.testing.assert_close(means["subject 0"], (plain[0] + plain[1]) / 2, atol=1e-3, rtol=1e-3)
-    torch.testing.assert_close(means["subject 2"], plain[2], atol=1e-3, rtol=1e-3)
+    for kind, drawn in (("text", "content"), ("style + text", "target"), ("content + style", "target")):
+        monkeypatch.setattr(train, "KINDS", {kind: 1.0})
+        batch = train.draw_batch(shards, np.random.default_rng(0), 2, guided=False)
+        shard = next(one for one in shards if one.name.startswith("named" if "text" in kind else "train"))
+        known = latents.unit_normal(getattr(shard, drawn))
+        for picture in batch.target:
+            assert (known == picture).flatten(1).all(1).any()
+
+
+def test_text_encoders_are_trained_first_and_stay(cache: Path) -> None:
+    vae.train(ONE_STEP, 4, 1e-3, vae.CHECKPOINT, 0)
+    latents.encode_pool()
+    latents.write_scale()
     text.build_tokenizers(train.TOKENIZERS)
     words.train(ONE_STEP, 4, 1e-3, words.WORDS_CHECKPOINT, 0)
     trained = train.encoder_weights(words.WORDS_CHECKPOINT)
@@ -228,7 +234,7 @@ def test_the_reward_asks_for_look_and_subject_as_much_as_the_slider(
         assert batch.looks is None
     else:
         assert batch.named is None
-        encoded = network(latents.unit_normal(shard.target))[0]
+        encoded, *_ = network(latents.unit_normal(shard.target))
         means = encoded.unflatten(0, (2, PICTURES))[:, : reward.TOLD_BY].mean(1)
         means = torch.nn.functional.normalize(means, dim=1)
         torch.testing.assert_close(batch.looks, means, atol=0.02, rtol=0.02)
@@ -236,7 +242,9 @@ def test_the_reward_asks_for_look_and_subject_as_much_as_the_slider(
     losses = {}
     for slider in (1.0, 3.0, 5.0):
         monkeypatch.setattr(train, "guided_velocity", lambda *args: args[4])
-        monkeypatch.setattr(torch.Tensor, "uniform_", lambda self, *args, slider=slider: self.fill_(slider))
+        monkeypatch.setattr(
+            torch.Tensor, "uniform_", lambda self, *args, slider=slider: self.fill_(((slider - 1) / 4) ** 2)
+        )
         for used in (None, network):
             torch.manual_seed(0)
             losses[slider, used is not None] = train.loss_of(nano, batch, nano, used).item()

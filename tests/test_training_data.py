@@ -161,6 +161,26 @@ def test_the_pool_never_trains_on_what_is_held_out(
     assert all((family in looks.HELD_OUT_FAMILIES) == (split == "families") for family in families)
 
 
+def test_a_name_stands_for_one_drawing(
+    tmp_path: Path, subjects: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = np.full((256, 256, 4), 255, np.uint8)
+    encoded = cv2.imencode(".png", other)[1].tobytes()
+    index = json.loads((tmp_path / "pictures.json").read_text())
+    start = (tmp_path / "pictures.bin").stat().st_size
+    with open(tmp_path / "pictures.bin", "ab") as packed:
+        packed.write(encoded)
+    blank = [[name, "another set", start, len(encoded)] for name in subjects[:40]]
+    flat = [[name, pool.NAMED_BY, *span] for name, _, *span in index]
+    (tmp_path / "pictures.json").write_text(json.dumps([*blank, *flat]))
+    pool.make_shard(("named", 0, 64, 64, 2, subjects))
+    content = np.load(tmp_path / "named-0000-64x64" / "content.npy")
+    assert (content == content[0]).all()
+    assert pool.contrast(content[0]) > pool.BLANK
+    rows = np.load(tmp_path / "named-0000-64x64" / "subject.npy")
+    assert not any(data.held_out(subjects[row]) for row in rows)
+
+
 def test_a_held_out_look_is_drawn_again(subjects: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     contents = pool.Contents(subjects, unseen=False)
     first = looks.draw_look(np.random.default_rng(7), "poster")

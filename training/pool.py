@@ -9,8 +9,9 @@
     looks.json   [{"id", "family", "words"}, ...]; a look's PICTURES rows are neighbours, in this order
 
 and `CACHE/pool/subjects.json`: [{"name", "held_out"}, ...]. A folder appears when it is complete. Splits:
-"train"; "looks" (subjects and looks not in train, families in train), "families" (subjects and families not
-in train); "paintings" (subjects and paintings not in train, by `training.painterly`).
+"train"; "named" (the same subjects, each always by the same drawing in the same place: what a prompt alone
+shall draw); "looks" (subjects and looks not in train, families in train), "families" (subjects and families
+not in train); "paintings" (subjects and paintings not in train, by `training.painterly`).
 """
 
 import argparse
@@ -34,12 +35,15 @@ STREAMS = {
     "looks": 1,
     "families": 2,
     "paintings": 3,
+    "named": 4,
 }  # of random numbers: no look is in two splits
 PICTURES = 8  # a look
 PHOTO_SHARE = 0.12
 BLANK = 9.0  # least standard deviation of lightness, in levels, of a picture that is not near-blank
 SIDE = 128  # of all pictures
 SHARD = 100  # looks
+NAMED_BY = "twemoji"  # the set of the one drawing that stands for a name, if it has it: flat and simple
+NAMED_SHARE = 29 / 32  # of the picture's side, which it takes
 
 
 class Contents:
@@ -112,6 +116,26 @@ class Contents:
         return content, np.dstack([content, np.full((height, width), 255, np.uint8)]) if busy else rgba
 
 
+class NamedContents(Contents):
+    """Each subject by the same drawing, in the middle and on white."""
+
+    def __init__(self, names: list[str]) -> None:
+        super().__init__(names, unseen=False)
+        for drawings in self.drawings.values():
+            drawings.sort(key=lambda i: self.pictures.sets[i] != NAMED_BY)
+
+    def draw(self, rng: np.random.Generator, height: int, width: int) -> tuple[int, np.ndarray]:
+        """Row of a random subject and uint8 (height, width, 4)."""
+        name = self.names[rng.integers(len(self.names))]
+        drawing = self.pictures.rgba(self.drawings[name][0])
+        side = round(min(height, width) * NAMED_SHARE)
+        return self.rows[name], put(drawing, side, (height - side) // 2, (width - side) // 2, height, width)
+
+    def ground(self, rng: np.random.Generator, rgba: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The plain picture on white, and the picture as a look shall draw it."""
+        return plain(rgba, np.full(3, 255)), rgba
+
+
 def random_crop(
     rng: np.random.Generator, photo: np.ndarray, height: int, width: int, *, least: float = 0.35
 ) -> np.ndarray:
@@ -132,19 +156,24 @@ def random_crop(
 def place(rng: np.random.Generator, rgba: np.ndarray, height: int, width: int) -> np.ndarray:
     """A drawing scaled, shifted and maybe mirrored on an empty uint8 (height, width, 4)."""
     side = round(min(height, width) * rng.uniform(0.68, 1.04))
+    if rng.random() < 0.5:
+        rgba = rgba[:, ::-1]
+    top, left = (
+        (length - side) // 2 + int(rng.uniform(-1, 1) * (abs(length - side) / 2 + 0.04 * side))
+        for length in (height, width)
+    )
+    return put(rgba, side, top, left, height, width)
+
+
+def put(rgba: np.ndarray, side: int, top: int, left: int, height: int, width: int) -> np.ndarray:
+    """A drawing of `side` pixels with its corner at (top, left) of an empty uint8 (height, width, 4)."""
     solid = rgba.astype(np.float32)
     solid[..., :3] *= solid[..., 3:] / 255  # premultiplied, or transparent pixels' colour would bleed in
     small = cv2.resize(
         solid, (side, side), interpolation=cv2.INTER_AREA if side <= rgba.shape[0] else cv2.INTER_LINEAR
     )
     small[..., :3] = np.clip(small[..., :3] * 255 / np.maximum(small[..., 3:], 1), 0, 255)
-    if rng.random() < 0.5:
-        small = small[:, ::-1]
     out = np.zeros((height, width, 4), np.uint8)
-    top, left = (
-        (length - side) // 2 + int(rng.uniform(-1, 1) * (abs(length - side) / 2 + 0.04 * side))
-        for length in (height, width)
-    )
     y0, x0, y1, x1 = max(top, 0), max(left, 0), min(top + side, height), min(left + side, width)
     out[y0:y1, x0:x1] = small[y0 - top : y1 - top, x0 - left : x1 - left] + 0.5
     return out
@@ -230,7 +259,7 @@ def make_shard(job: tuple[str, int, int, int, int, list[str]]) -> int:
     split, number, height, width, count, names = job
     cv2.setNumThreads(1)
     families = [name for name in FAMILIES if (name in HELD_OUT_FAMILIES) == (split == "families")]
-    contents = Contents(names, unseen=split != "train")
+    contents = NamedContents(names) if split == "named" else Contents(names, unseen=split != "train")
 
     def draw(i: int, rng: np.random.Generator) -> tuple[str, str, Rows]:
         return draw_set(rng, contents, families[(number * 7 + i) % len(families)], height, width)
@@ -253,12 +282,16 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--looks", type=int, default=4000, help="looks to train on (default 4000)")
+    parser.add_argument("--named", type=int, default=1600, help="looks on named drawings (default 1600)")
     parser.add_argument("--first", type=int, default=0, help="shards of looks to leave out, known by now")
     parser.add_argument("--processes", type=int, default=2, help="worker processes (default 2)")
     args = parser.parse_args()
     names = write_subjects()
-    numbers = [args.first + i for i in range(-(-args.looks // SHARD))]
-    jobs = [("train", number, SIDE, SIDE, SHARD, names) for number in numbers]
+    jobs = [
+        (split, args.first + i, SIDE, SIDE, SHARD, names)
+        for split, looks in (("train", args.looks), ("named", args.named))
+        for i in range(-(-looks // SHARD))
+    ]
     jobs[4:4] = [(split, 0, SIDE, SIDE, 120, names) for split in ("looks", "families")]
     with (
         multiprocessing.Pool(args.processes) as pool,

@@ -38,7 +38,9 @@ TOLD_BY = 4  # pictures of a look, whose mean vector stands for it
 
 
 class Reward(nn.Module):
-    """Unit-normal latents `(B, 16, 16, 16)` to unit vectors `(B, EMBEDDING)` of look and subject.
+    """Unit-normal latents `(B, 16, 16, 16)` to look and subject, unit vectors `(B, EMBEDDING)`, and texture.
+
+    The look is told from texture `(B, F)`: deviation and mean of each channel of each stage, normalized.
 
     `subjects`: how many there are, by row of the pool's `subjects.json`; each has a vector.
     """
@@ -56,14 +58,15 @@ class Reward(nn.Module):
         self.subject = nn.Sequential(nn.BatchNorm1d(16 * before), nn.Linear(16 * before, EMBEDDING))
         self.subjects = nn.Parameter(torch.randn(subjects, EMBEDDING))
 
-    def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         maps = [latents.contiguous(memory_format=torch.channels_last)]
         for stage in self.stages:
             maps.append(stage(maps[-1]))
         texture = torch.cat([part for m in maps for part in torch.std_mean(m.float(), (2, 3))], dim=1)
+        texture = self.look[0](texture).float()
         shapes = maps[-1].float().flatten(1)  # (B, C, 4, 4) -> (B, C * 16)
-        look, subject = self.look(texture).float(), self.subject(shapes).float()
-        return F.normalize(look, dim=1), F.normalize(subject, dim=1)
+        look, subject = self.look[1](texture).float(), self.subject(shapes).float()
+        return F.normalize(look, dim=1), F.normalize(subject, dim=1), texture
 
     def describe_looks(self, latents: Tensor) -> Tensor:
         """Looks `(L, EMBEDDING)` from PICTURES neighbouring latents of each, `(L * PICTURES, 16, 16, 16)`."""
@@ -102,7 +105,7 @@ def train(minutes: float, looks: int, lr: float, checkpoint: Path, seed: int) ->
         strength = NOISE * torch.rand(len(latents), 1, 1, 1, device=latents.device)
         shows = torch.from_numpy(np.tile(names[rows], 2)).to(device())
         with autocast():
-            look, subject = model(latents + strength * torch.randn_like(latents))
+            look, subject, _ = model(latents + strength * torch.randn_like(latents))
         first, second = look[: len(rows)].chunk(2)
         run.update(contrast_loss(first, second) + model.subject_loss(subject, shows).mean())
         with torch.no_grad():

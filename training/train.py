@@ -53,19 +53,20 @@ WORDS_CHECKPOINT = CACHE / "words.pt"
 TOKENIZERS = CACHE / "tokenizers"
 
 # Condition kinds: style pictures, content picture, prompt; and their share of the batches.
-# "look" is the look in words. Without style and look the target is the plain picture.
+# "look" is the look in words. Without style and look the target is the plain picture. By "text" the prompt
+# alone tells the subject, which is always drawn alike: of all its drawings the mean would be a blur.
 KINDS = {
-    "content + style": 0.52,
+    "content + style": 0.55,
     "content + 2 styles": 0.07,
-    "style + text": 0.14,
+    "style + text": 0.12,
     "content + look": 0.05,
     "content": 0.02,
-    "text": 0.14,
+    "text": 0.13,
     "text + look": 0.06,
 }
 MIXED = 0.1  # of the batches that learn guidance: two style pictures of different looks
 REWARD = 0.02  # its weight at the end of the slider
-WORDS = 0.1  # of the batches without guidance: a prompt at pure noise, with the mean of its pictures
+TEXTURE = 10.0  # beside finding the look: its texture as in the true picture; a gradient as large
 SAME = 0.35  # of the style pictures beside content: a part of the one to be drawn
 SHEETS = 0.15  # of the others: four subjects in the look on one sheet, not one subject
 RELOAD = 100  # steps
@@ -91,7 +92,6 @@ class Batch:
     style: Tensor | None
     prompts: list[str]
     mixed: bool = False  # the two style pictures are of different looks
-    mean: bool = False  # `target` is the mean of what the prompt may be: what pure noise has to become
     looks: Tensor | None = None  # `(L, E)`: what `Reward` makes of the shard's looks
     right: Tensor | None = None  # `(B,)`: which of them is each picture's
     named: Tensor | None = None  # `(B,)`: the subject that only the prompt tells; -1: none
@@ -195,38 +195,21 @@ def _as_style(picture: np.ndarray) -> Tensor:
 def load_shards(known: list[Shard], reward: Reward | None, kind: type[Shard] = Shard) -> list[Shard]:
     """The training shards that are encoded by now, of pictures of NATIVE_SIDE, beside those already known."""
     subjects = [subject["name"] for subject in json.loads((POOL / "subjects.json").read_text())]
-    names = {path.name for path in LATENTS.glob(f"train-*-{NATIVE_SIDE}x{NATIVE_SIDE}")}
+    names = {
+        path.name
+        for split in ("train", "named")
+        for path in LATENTS.glob(f"{split}-*-{NATIVE_SIDE}x{NATIVE_SIDE}")
+    }
     return known + [kind(name, subjects, reward) for name in sorted(names - {shard.name for shard in known})]
 
 
-def mean_pictures(shards: list[Shard]) -> dict[str, Tensor]:
-    """Unit-normal latents `(16, 16, 16)` of each subject, the mean of its plain pictures."""
-    sums: dict[str, np.ndarray] = {}
-    counts: dict[str, int] = {}
-    for shard in shards:
-        for subject, picture in zip(shard.subjects, shard.content, strict=True):
-            sums[subject] = sums.get(subject, 0) + picture.astype(np.float32)
-            counts[subject] = counts.get(subject, 0) + 1
-    return {subject: unit_normal(sums[subject] / counts[subject]) for subject in sums}
-
-
-def draw_names(shard: Shard, means: dict[str, Tensor], rng: np.random.Generator, size: int) -> Batch:
-    """Prompts of one shard's subjects, each with the mean of its pictures."""
-    rows = rng.choice(len(shard.content), min(size, len(shard.content)), replace=False)
-    target = torch.stack([means[shard.subjects[row]] for row in rows])
-    return replace(shard.batch("text", rows.tolist(), rng), target=target, mean=True)
-
-
-def draw_batch(
-    shards: list[Shard], means: dict[str, Tensor], rng: np.random.Generator, size: int, *, guided: bool
-) -> Batch:
-    """A batch of one shard and one kind; `means` are those of `mean_pictures`."""
-    shard = shards[rng.integers(len(shards))]
-    if not guided and rng.random() < WORDS:
-        return draw_names(shard, means, rng, 2 * size).to(device())
+def draw_batch(shards: list[Shard], rng: np.random.Generator, size: int, *, guided: bool) -> Batch:
+    """A batch of one shard and one kind."""
     kind = str(rng.choice(list(KINDS), p=list(KINDS.values())))
     if guided and rng.random() < MIXED:
         kind = "content + mixed styles"
+    fitting = [shard for shard in shards if shard.name.startswith("named" if "text" in kind else "train")]
+    shard = fitting[rng.integers(len(fitting))]
     rows = rng.choice(len(shard.targets(kind)), size, replace=False)
     return shard.batch(kind, rows.tolist(), rng).to(device())
 
@@ -345,18 +328,17 @@ def loss_of(model: Nano, batch: Batch, teacher: Nano | None, reward: Reward | No
     """Mean squared error of the velocity at random noise levels; with a teacher, of the guided velocity.
 
     Then with a reward: look and subject that only style picture and prompt tell shall be found in the
-    predicted picture, the more the slider asks for it.
+    predicted picture, and the true one's texture, the more the slider asks for it.
     """
     clean, noise = batch.target, torch.randn_like(batch.target)
     # Logit-normal, well above the middle: near 1 the conditions alone decide what the picture becomes.
-    sigma = torch.sigmoid(1.3 * torch.randn(len(clean), device=clean.device) + 1.2)
-    if batch.mean:
-        sigma = torch.ones_like(sigma)
+    middle = 1.2 if batch.named is None else 2.2
+    sigma = torch.sigmoid(1.3 * torch.randn(len(clean), device=clean.device) + middle)
     noisy = torch.lerp(clean, noise, sigma[:, None, None, None])
     velocity = pack_latents(noise - clean)
     slider = torch.full_like(sigma, SLIDER[0])
     if teacher is not None:
-        slider.uniform_(*SLIDER)
+        slider.uniform_().sqrt_().mul_(SLIDER[1] - SLIDER[0]).add_(SLIDER[0])  # more of its upper end
         velocity = guided_velocity(teacher, noisy, sigma, slider, velocity, batch)
     output = model(noisy, sigma, slider, content=batch.content, style=batch.style, prompts=batch.prompts)
     loss = F.mse_loss(output.float(), velocity.float())
@@ -364,10 +346,13 @@ def loss_of(model: Nano, batch: Batch, teacher: Nano | None, reward: Reward | No
         return loss
     pixels = [8 * side for side in clean.shape[-2:]]
     predicted = noisy - sigma[:, None, None, None] * unpack_latents(output, height=pixels[0], width=pixels[1])
-    look, subject = reward(predicted)
+    look, subject, texture = reward(predicted)
     missed = torch.zeros_like(slider)
     if batch.looks is not None and batch.right is not None:
+        with torch.no_grad():
+            right = reward(clean)[2]
         missed += reward.look_loss(look, batch.looks, batch.right)
+        missed += TEXTURE * F.smooth_l1_loss(texture, right, reduction="none").mean(1)
     if batch.named is not None:
         missed += reward.subject_loss(subject, batch.named)
     return loss + REWARD * ((slider - SLIDER[0]) / (SLIDER[1] - SLIDER[0]) * missed).mean()
@@ -415,15 +400,12 @@ def train(
     torch.manual_seed(int(rng.integers(2**31)))
     names = run.average_names()
     shards: list[Shard] = []
-    means: dict[str, Tensor] = {}
     smooth: float | None = None
     while run.progress < 1:
         if run.step % RELOAD == 0 or not shards:  # what `training.latents` has encoded meanwhile
-            found = load_shards(shards, reward, shard)
-            if len(found) > len(shards):
-                shards, means = found, mean_pictures(found)
+            shards = load_shards(shards, reward, shard)
         guided = run.progress > distill_from and run.step % 2 == 0
-        batch = draw_batch(shards, means, rng, size, guided=guided)
+        batch = draw_batch(shards, rng, size, guided=guided)
         if guided:
             teacher.load_state_dict(dict(zip(names, run.average, strict=True)), strict=False)
         with autocast():

@@ -1,7 +1,7 @@
 """Train the text encoders alone first: `python -m training.words --minutes 10`.
 
-From the prompt a small reader draws latents at once: the mean of all pictures of a subject, or a picture in a
-look; what the transformer has to make of pure noise. `training.train` starts from the encoders that learned
+From the prompt a small reader draws latents at once: a subject's one drawing, plain or in a look; what the
+transformer has to make of pure noise. `training.train` starts from the encoders that learned
 it, without the reader: beside pictures, words have too little to say for the encoders to learn much. Needs
 the latents.
 """
@@ -20,14 +20,12 @@ from training.text import encode_prompts, load_tokenizers
 from training.train import (
     TOKENIZERS,
     WORDS_CHECKPOINT,
-    draw_names,
     load_shards,
-    mean_pictures,
     prepare_tokenizers,
 )
 from uso.model.geometry import pack_latents
 
-LOOKS = 0.2  # of the batches: a picture in a look, not the mean of a subject's plain ones
+LOOKS = 0.2  # of the batches: the drawing in a look
 WIDTH = 192
 POSITIONS = (NATIVE_SIDE // 16) ** 2
 
@@ -55,22 +53,19 @@ def train(minutes: float, size: int, lr: float, checkpoint: Path, seed: int) -> 
     model = Words(TOKENIZERS).to(device())
     run = Run(model, layers_by_muon(model, lr), lr=lr, minutes=minutes, checkpoint=checkpoint)
     rng = data_rng(seed, run.step)
-    shards = load_shards([], None)
-    means = mean_pictures(shards)
+    shards = [shard for shard in load_shards([], None) if shard.name.startswith("named")]
     seen: np.ndarray | None = None
     while run.progress < 1:
         shard = shards[rng.integers(len(shards))]
-        if rng.random() < LOOKS:
-            rows = rng.choice(len(shard.target), min(size, len(shard.target)), replace=False)
-            batch = shard.batch("text + look", rows.tolist(), rng)
-        else:
-            batch = draw_names(shard, means, rng, size)
+        rows = rng.choice(len(shard.target), min(size, len(shard.target)), replace=False)
+        plain = rng.random() > LOOKS
+        batch = shard.batch("text" if plain else "text + look", rows.tolist(), rng)
         target = pack_latents(batch.target).to(device())
         with autocast():
             drawn = model(batch.prompts).float()
         loss = F.mse_loss(drawn, target)
         run.update(loss)
-        if batch.mean:
+        if plain:
             vectors = (
                 F.normalize((each.detach() - target.mean(0)).flatten(1), dim=1) for each in (drawn, target)
             )
