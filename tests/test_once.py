@@ -9,10 +9,18 @@ import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
+from transformers import T5Config, T5EncoderModel
 
 from tests.parity import load
 from tests.test_pipeline import Counter, draw, is_clean
-from uso.model.once import ConditioningCache, fingerprint, lend, modulation_layers, precomputed
+from uso.model.once import (
+    ConditioningCache,
+    fingerprint,
+    lend,
+    modulation_layers,
+    precomputed,
+    share_position_bias,
+)
 from uso.model.pipeline import USOPipeline
 
 CPU = torch.device("cpu")
@@ -115,6 +123,23 @@ class Encoder:
     def __call__(self, *values: float, key: str = "a") -> Tensor:
         inputs = torch.tensor([values], dtype=torch.float32)
         return self.cache.get(key, [self.module], inputs, lambda x: self.module(x), device=CPU)
+
+
+def test_t5_looks_up_each_distance_once() -> None:
+    config = T5Config(
+        vocab_size=99, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu"
+    )
+    encoder = T5EncoderModel(config).eval()
+    for ids in (torch.randint(99, (2, 200)), torch.zeros(1, 1, dtype=torch.long)):
+        expected = encoder(ids).last_hidden_state
+        looked_up = []
+        table = encoder.encoder.block[0].layer[0].SelfAttention.relative_attention_bias
+        hook = table.register_forward_hook(lambda *args, seen=looked_up: seen.append(args[2].numel()))
+        share_position_bias(encoder)
+        assert torch.equal(encoder(ids).last_hidden_state, expected)
+        hook.remove()
+        assert looked_up == [config.num_heads * (2 * ids.shape[1] - 1)]
+        del encoder.encoder.block[0].layer[0].SelfAttention.compute_bias
 
 
 def test_a_value_is_kept_by_content() -> None:

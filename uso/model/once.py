@@ -1,4 +1,5 @@
-"""What does not change is computed once: within a picture by `precomputed`, between pictures by a cache."""
+"""What does not change is computed once: within a picture by `precomputed`, between pictures by a cache, and
+within T5 by `share_position_bias`."""
 
 import hashlib
 from collections import OrderedDict
@@ -12,6 +13,8 @@ from diffusers import FluxTransformer2DModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.func import functional_call
+from transformers import T5EncoderModel
+from transformers.models.t5.modeling_t5 import T5Attention
 
 from uso.model.modes import modulation_layers
 
@@ -53,12 +56,19 @@ def precomputed(
     # Each step's row is copied to the same place: an index would be a constant of a compiled block.
     current = torch.empty_like(table[:1])
     outputs |= zip(rows, current.split([row.shape[1] for row in rows.values()], dim=1), strict=True)
+    with giving(outputs):
+        yield lambda step: current.copy_(table[step : step + 1])
+
+
+@contextmanager
+def giving(outputs: dict[Any, Any]) -> Iterator[None]:
+    """Within it each of the modules gives what stands beside it, whatever it is called with."""
     before = {module: vars(module).get("forward") for module in outputs}  # of offload, if there is any
     try:
         for module, output in outputs.items():
             module.precomputed = output
             module.forward = MethodType(_give_precomputed, module)
-        yield lambda step: current.copy_(table[step : step + 1])
+        yield
     finally:
         for module, forward in before.items():
             del module.precomputed, module.forward
@@ -83,9 +93,15 @@ def modulations(
     Through the live modules, so that LoRAs count, and a row at a time, so that it is what a step would give.
     """
     device = pooled_projections.device
-    embed = lend(transformer.time_text_embed, device)
+    parts: Any = transformer.time_text_embed
+    embed, embed_text = lend(parts, device), lend(parts.text_embedder, device)
+    constant = {parts.text_embedder: embed_text(pooled_projections)}
     scaled_guidance = () if guidance is None else (guidance * 1000,)  # as in the transformer's forward
-    embeddings = [embed(sigma * 1000, *scaled_guidance, pooled_projections) for sigma in sigmas]
+    for scaled in scaled_guidance:
+        projected = parts.time_proj(scaled).to(pooled_projections.dtype)
+        constant[parts.guidance_embedder] = lend(parts.guidance_embedder, device)(projected)
+    with giving(constant):
+        embeddings = [embed(sigma * 1000, *scaled_guidance, pooled_projections) for sigma in sigmas]
     activated = [nn.functional.silu(embedding) for embedding in embeddings]
     rows = {transformer.time_text_embed: torch.cat(embeddings)}
     for layer in modulation_layers(transformer):
@@ -104,6 +120,21 @@ def lend(module: nn.Module, device: torch.device) -> Callable[..., Tensor]:
         return module
     lent = {name: tensor.to(device) for name, tensor in tensors.items()}
     return lambda *args: functional_call(module, lent, args)
+
+
+def share_position_bias(encoder: T5EncoderModel) -> None:
+    """Have T5 look up each distance between two tokens once, not for every pair: half a small T5's time."""
+    for module in encoder.modules():
+        if isinstance(module, T5Attention) and module.has_relative_attention_bias:
+            module.compute_bias = MethodType(_position_bias, module)
+
+
+def _position_bias(
+    attention: T5Attention, length: int, key_length: int, *, past_seen_tokens: int = 0, **device: Any
+) -> Tensor:
+    """`(1, heads, length, length)`: an encoder's queries and keys are the same tokens, none of them past."""
+    distances = T5Attention.compute_bias(attention, 1, 2 * length - 1, past_seen_tokens=length - 1, **device)
+    return distances[:, :, 0].unfold(-1, length, 1).flip(2)  # query q sees the window from length - 1 - q on
 
 
 class ConditioningCache:

@@ -27,7 +27,7 @@ from uso.model.geometry import (
     schedule_mu,
     unpack_latents,
 )
-from uso.model.once import ConditioningCache, precomputed, walk
+from uso.model.once import ConditioningCache, precomputed, share_position_bias, walk
 from uso.model.scheduler import USOFlowMatchEulerScheduler
 from uso.model.single_blocks import lean_single_blocks
 from uso.model.style_projector import StyleProjector
@@ -97,6 +97,7 @@ class USOPipeline(DiffusionPipeline, FluxLoraLoaderMixin):
         )
         self.image_processor = VaeImageProcessor(vae_scale_factor=PIXELS_PER_TOKEN)
         self.conditioning = ConditioningCache()
+        share_position_bias(text_encoder_2)
         self._interrupt = False
 
     @property
