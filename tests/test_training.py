@@ -149,16 +149,18 @@ def test_training_calls_the_model_as_the_pipeline_does(cache: Path) -> None:
     torch.testing.assert_close(drawn, train.pack_latents(noise) - velocity, atol=1e-4, rtol=1e-4)
 
 
-def test_a_mix_of_looks_is_learned_as_the_mean_of_both(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mix_of_looks_is_learned_as_the_mean_of_both(cache: Path) -> None:
     vae.train(ONE_STEP, 4, 1e-3, vae.CHECKPOINT, 0)
     latents.encode_pool()
     latents.write_scale()
     text.build_tokenizers(train.TOKENIZERS)
-    monkeypatch.setattr(train, "MIXED", 1.0)
     teacher = train.Nano(train.TOKENIZERS)
     for parameter in teacher.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
-    batch = train.draw_batch(train.load_shards([], None), np.random.default_rng(0), 2, guided=True)
+    rng = np.random.default_rng(0)
+    kinds = {train.draw_kind(rng, guided=True) for _ in range(200)}
+    assert kinds == {*train.KINDS, "content + mixed styles"}
+    batch = train.draw_batch(train.load_shards([], None), "content + mixed styles", rng, 2)
     assert batch.mixed
     assert batch.style is not None
     noisy, sigma, slider = torch.randn(2, 16, 16, 16), torch.full((2,), 0.9), torch.ones(2)
@@ -185,14 +187,13 @@ def test_style_path_is_trained_first_and_taken_over(cache: Path) -> None:
     ]
 
 
-def test_a_prompt_alone_always_draws_the_same(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prompt_alone_always_draws_the_same(cache: Path) -> None:
     vae.train(ONE_STEP, 4, 1e-3, vae.CHECKPOINT, 0)
     latents.encode_pool()
     latents.write_scale()
     shards = train.load_shards([], None)
     for kind, drawn in (("text", "content"), ("style + text", "target"), ("content + style", "target")):
-        monkeypatch.setattr(train, "KINDS", {kind: 1.0})
-        batch = train.draw_batch(shards, np.random.default_rng(0), 2, guided=False)
+        batch = train.draw_batch(shards, kind, np.random.default_rng(0), 2)
         shard = next(one for one in shards if one.name.startswith("named" if "text" in kind else "train"))
         known = latents.unit_normal(getattr(shard, drawn))
         for picture in batch.target:

@@ -203,11 +203,15 @@ def load_shards(known: list[Shard], reward: Reward | None, kind: type[Shard] = S
     return known + [kind(name, subjects, reward) for name in sorted(names - {shard.name for shard in known})]
 
 
-def draw_batch(shards: list[Shard], rng: np.random.Generator, size: int, *, guided: bool) -> Batch:
-    """A batch of one shard and one kind."""
-    kind = str(rng.choice(list(KINDS), p=list(KINDS.values())))
+def draw_kind(rng: np.random.Generator, *, guided: bool) -> str:
+    """A kind of conditions."""
     if guided and rng.random() < MIXED:
-        kind = "content + mixed styles"
+        return "content + mixed styles"
+    return str(rng.choice(list(KINDS), p=list(KINDS.values())))
+
+
+def draw_batch(shards: list[Shard], kind: str, rng: np.random.Generator, size: int) -> Batch:
+    """A batch of one shard."""
     fitting = [shard for shard in shards if shard.name.startswith("named" if "text" in kind else "train")]
     shard = fitting[rng.integers(len(fitting))]
     rows = rng.choice(len(shard.targets(kind)), size, replace=False)
@@ -405,7 +409,9 @@ def train(
         if run.step % RELOAD == 0 or not shards:  # what `training.latents` has encoded meanwhile
             shards = load_shards(shards, reward, shard)
         guided = run.progress > distill_from and run.step % 2 == 0
-        batch = draw_batch(shards, rng, size, guided=guided)
+        # the same in all processes: they wait for each other, and some kinds take twice as long as others
+        kind = draw_kind(np.random.default_rng((seed, run.step)), guided=guided)
+        batch = draw_batch(shards, kind, rng, size)
         if guided:
             teacher.load_state_dict(dict(zip(names, run.average, strict=True)), strict=False)
         with autocast():

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import pillow_heif
-from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageFilter, UnidentifiedImageError
 
 from uso.errors import ImageError
 
@@ -162,7 +162,8 @@ def _through_profile(image: Image.Image, icc: bytes) -> Image.Image:
 
 def fit_into(image: Image.Image, *, shape: tuple[int, int], size: tuple[int, int]) -> Image.Image:
     """The whole picture in the middle of `size`, within the part of it that has the proportions of `shape`;
-    its edges fill the rest. `shape` and `size` are (width, height)."""
+    its edges fill the rest, softened, for a photograph's would be stripes. `shape` and `size` are
+    (width, height)."""
     box = min(size[0] / shape[0], size[1] / shape[1])
     scale = box * min(shape[0] / image.width, shape[1] / image.height)
     fitted = image.resize(
@@ -179,7 +180,9 @@ def fit_into(image: Image.Image, *, shape: tuple[int, int], size: tuple[int, int
         ((right - 1, 0, right, size[1]), (right, 0, size[0], size[1])),
     ):
         if bar[0] < bar[2] and bar[1] < bar[3]:
-            canvas.paste(canvas.crop(edge).resize((bar[2] - bar[0], bar[3] - bar[1])), bar)
+            strip = canvas.crop(edge)
+            soft = strip.filter(ImageFilter.GaussianBlur(max(strip.size) / 8))
+            canvas.paste(soft.resize((bar[2] - bar[0], bar[3] - bar[1])), bar)
     return canvas
 
 
