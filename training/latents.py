@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from training.data import CACHE
 from training.loop import autocast, device, launch
-from training.pool import POOL
+from training.pool import POOL, TRAINED
 from training.vae import load_vae
 
 LATENTS = CACHE / "latents"
@@ -55,7 +55,7 @@ def encode_shard(vae: AutoencoderKL, name: str) -> None:
 def encode_pool() -> None:
     """One process's share of the shards."""
     vae = load_vae().to(device(), memory_format=torch.channels_last)
-    names = sorted(path.name for split in ("train", "named") for path in POOL.glob(f"{split}-*"))
+    names = sorted(path.name for split in TRAINED for path in POOL.glob(f"{split}-*"))
     for name in tqdm(
         names[dist.get_rank() :: dist.get_world_size()], disable=dist.get_rank() > 0, unit="shard"
     ):

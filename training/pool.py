@@ -37,6 +37,7 @@ STREAMS = {
     "paintings": 3,
     "named": 4,
 }  # of random numbers: no look is in two splits
+TRAINED = ("train", "named")  # the splits that training sees
 PICTURES = 8  # a look
 PHOTO_SHARE = 0.12
 BLANK = 9.0  # least standard deviation of lightness, in levels, of a picture that is not near-blank

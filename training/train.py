@@ -39,7 +39,7 @@ from training.models import (
     build_conditioning,
     build_transformer,
 )
-from training.pool import PICTURES, POOL
+from training.pool import PICTURES, POOL, TRAINED
 from training.reward import CHECKPOINT as REWARD_CHECKPOINT
 from training.reward import Reward, load_reward, shown
 from training.style import CHECKPOINT as STYLE_CHECKPOINT
@@ -108,7 +108,7 @@ class Shard:
     """One shard of the pool with its latents."""
 
     def __init__(self, name: str, subjects: list[str], reward: Reward | None) -> None:
-        self.name = name
+        self.name, self.split = name, name.partition("-")[0]
         self.content, self.target = (
             np.load(LATENTS / name / f"{kind}.npy", mmap_mode="r") for kind in ("content", "target")
         )
@@ -196,9 +196,7 @@ def load_shards(known: list[Shard], reward: Reward | None, kind: type[Shard] = S
     """The training shards that are encoded by now, of pictures of NATIVE_SIDE, beside those already known."""
     subjects = [subject["name"] for subject in json.loads((POOL / "subjects.json").read_text())]
     names = {
-        path.name
-        for split in ("train", "named")
-        for path in LATENTS.glob(f"{split}-*-{NATIVE_SIDE}x{NATIVE_SIDE}")
+        path.name for split in TRAINED for path in LATENTS.glob(f"{split}-*-{NATIVE_SIDE}x{NATIVE_SIDE}")
     }
     return known + [kind(name, subjects, reward) for name in sorted(names - {shard.name for shard in known})]
 
@@ -212,7 +210,8 @@ def draw_kind(rng: np.random.Generator, *, guided: bool) -> str:
 
 def draw_batch(shards: list[Shard], kind: str, rng: np.random.Generator, size: int) -> Batch:
     """A batch of one shard."""
-    fitting = [shard for shard in shards if shard.name.startswith("named" if "text" in kind else "train")]
+    split = "named" if "text" in kind else "train"
+    fitting = [shard for shard in shards if shard.split == split]
     shard = fitting[rng.integers(len(fitting))]
     rows = rng.choice(len(shard.targets(kind)), size, replace=False)
     return shard.batch(kind, rows.tolist(), rng).to(device())

@@ -53,7 +53,7 @@ def train(minutes: float, size: int, lr: float, checkpoint: Path, seed: int) -> 
     model = Words(TOKENIZERS).to(device())
     run = Run(model, layers_by_muon(model, lr), lr=lr, minutes=minutes, checkpoint=checkpoint)
     rng = data_rng(seed, run.step)
-    shards = [shard for shard in load_shards([], None) if shard.name.startswith("named")]
+    shards = [shard for shard in load_shards([], None) if shard.split == "named"]
     seen: np.ndarray | None = None
     while run.progress < 1:
         shard = shards[rng.integers(len(shards))]
