@@ -94,12 +94,13 @@ def modulations(
     """
     device = pooled_projections.device
     parts: Any = transformer.time_text_embed
-    embed, embed_text = lend(parts, device), lend(parts.text_embedder, device)
-    constant = {parts.text_embedder: embed_text(pooled_projections)}
-    scaled_guidance = () if guidance is None else (guidance * 1000,)  # as in the transformer's forward
-    for scaled in scaled_guidance:
-        projected = parts.time_proj(scaled).to(pooled_projections.dtype)
+    constant = {parts.text_embedder: lend(parts.text_embedder, device)(pooled_projections)}
+    scaled_guidance: tuple[Tensor, ...] = ()
+    if guidance is not None:
+        scaled_guidance = (guidance * 1000,)  # as in the transformer's forward
+        projected = parts.time_proj(*scaled_guidance).to(pooled_projections.dtype)
         constant[parts.guidance_embedder] = lend(parts.guidance_embedder, device)(projected)
+    embed = lend(parts, device)
     with giving(constant):
         embeddings = [embed(sigma * 1000, *scaled_guidance, pooled_projections) for sigma in sigmas]
     activated = [nn.functional.silu(embedding) for embedding in embeddings]
