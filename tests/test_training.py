@@ -70,8 +70,9 @@ def test_every_step_from_pool_to_picture(cache: Path) -> None:
     assert encoded.shape == (2 * PICTURES, 16, 16, 16)
     text.build_tokenizers(train.TOKENIZERS)
     minutes = ONE_STEP
-    for step in (1, 2):
-        train.train(minutes, 2, 1e-3, 0.7, None, train.CHECKPOINT, 0)
+    for step, compiled in ((1, False), (2, True)):
+        with torch.compiler.set_stance("force_eager"):
+            train.train(minutes, 2, 1e-3, 0.7, None, train.CHECKPOINT, 0, compiled)
         state = torch.load(train.CHECKPOINT, weights_only=True)
         assert state["step"] == step
         minutes = state["elapsed"] / 60 + ONE_STEP
@@ -323,8 +324,10 @@ def test_an_ablation_differs_by_what_it_leaves_out(cache: Path) -> None:
 
 
 def test_guidance_slider() -> None:
-    weights = train.guidance_weight(torch.tensor([1.0, 4.0, 5.0]))
-    torch.testing.assert_close(weights, torch.tensor([1.0, 2.2, 2.6]))
+    slider = torch.tensor([1.0, 4.0, 5.0])
+    for sigma, expected in ((0.5, [1.0, 2.2, 2.6]), (0.94, [1.0, 1.6, 1.8]), (1.0, [1.0, 1.0, 1.0])):
+        weights = train.guidance_weight(slider, torch.full_like(slider, sigma))
+        torch.testing.assert_close(weights, torch.tensor(expected), atol=1e-5, rtol=0)
 
 
 def test_faster_functions_are_those_they_replace() -> None:

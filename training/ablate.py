@@ -111,7 +111,7 @@ def run(name: str, *, minutes: float, init: Path) -> None:
     """One of RUNS, from where it stopped."""
     nano, shard = RUNS[name]
     left = minutes * (0.75 if nano is Aligned else 1)
-    launch(train, left, 16, 1e-3, 1.0, init, checkpoint_of(name), 0, nano, shard, processes=1, seed=0)
+    launch(train, left, 16, 1e-3, 1.0, init, checkpoint_of(name), 0, False, nano, shard, processes=1, seed=0)
 
 
 @torch.inference_mode()
