@@ -344,8 +344,24 @@ def test_faster_functions_are_those_they_replace() -> None:
     )
 
 
-def test_orthogonalize() -> None:
-    update = loop.orthogonalize(torch.randn(8, 32, generator=torch.Generator().manual_seed(0)))
-    values = torch.linalg.svdvals(update) / (0.2 * 32**0.5)
+@pytest.mark.parametrize("shape", [(8, 32), (32, 8)])
+def test_orthogonalize(shape: tuple[int, int]) -> None:
+    updates = loop.orthogonalize(torch.randn(3, *shape, generator=torch.Generator().manual_seed(0)))
+    values = torch.linalg.svdvals(updates) / (0.2 * 32**0.5)
     assert values.min() > 0.5
     assert values.max() < 1.4
+
+
+@pytest.mark.usefixtures("cache")
+def test_muon_steps_alike_whatever_is_trained_beside() -> None:
+    weights = [torch.randn(shape) for shape in ((8, 32), (8, 32), (32, 8), (4, 2, 2))]
+    grads = [torch.randn_like(weight) for weight in weights]
+    alone, beside = ([torch.nn.Parameter(weight.clone()) for weight in weights] for _ in range(2))
+    for parameters in (alone, beside):
+        for parameter, grad in zip(parameters, grads, strict=True):
+            parameter.grad = grad
+    for group in [*([parameter] for parameter in alone), beside]:
+        loop.MuonAdamW(group, [], lr=0.1).step()
+    for one, other, weight in zip(alone, beside, weights, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-3, rtol=0)
+        assert (one - weight).abs().max() > 5e-3

@@ -97,20 +97,21 @@ def average_gradients(parameters: list[nn.Parameter]) -> None:
         p.grad = grad.view_as(p)
 
 
-def orthogonalize(update: Tensor) -> Tensor:
-    """The nearest orthogonal matrix to `update` (rows, columns), roughly: five Newton-Schulz steps.
+def orthogonalize(updates: Tensor) -> Tensor:
+    """The nearest orthogonal matrix to each update `(B, rows, columns)`, roughly: five Newton-Schulz steps.
 
     Keller Jordan, Muon (2024); the factor gives it the root mean square of an AdamW update (Moonshot, 2025).
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = update.T if update.shape[0] > update.shape[1] else update
-    x = x / (x.norm() + 1e-7)
+    tall = updates.shape[-2] > updates.shape[-1]
+    x = updates.mT if tall else updates
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     x = x.bfloat16() if x.is_cuda or has_bfloat16() else x
     for _ in range(5):
-        gram = x @ x.T
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    x = x.T if update.shape[0] > update.shape[1] else x
-    return x.to(update.dtype) * (0.2 * math.sqrt(max(update.shape)))
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    x = x.mT if tall else x
+    return x.to(updates.dtype) * (0.2 * math.sqrt(max(updates.shape[-2:])))
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -134,13 +135,18 @@ class MuonAdamW(torch.optim.Optimizer):
     def _muon(self, parameters: list[nn.Parameter], lr: float, momentum: float = 0.95) -> None:
         flat = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
         updates = flat.split([p.numel() for p in parameters])
+        alike: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
         for i, (p, update) in enumerate(zip(parameters, updates, strict=True)):
             assert p.grad is not None
             buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
             buffer.lerp_(p.grad, 1 - momentum)
             if i % dist.get_world_size() == dist.get_rank():
-                nesterov = p.grad.lerp(buffer, momentum)
-                update.copy_(orthogonalize(nesterov.reshape(len(p), -1)).reshape(-1))
+                nesterov = p.grad.lerp(buffer, momentum).reshape(len(p), -1)
+                alike.setdefault(nesterov.shape, []).append((update, nesterov))
+        for pairs in alike.values():
+            orthogonal = orthogonalize(torch.stack([nesterov for _, nesterov in pairs]))
+            for (update, _), matrix in zip(pairs, orthogonal, strict=True):
+                update.copy_(matrix.reshape(-1))
         dist.all_reduce(flat)
         for p, update in zip(parameters, updates, strict=True):
             p.add_(update.view_as(p), alpha=-lr)
