@@ -214,6 +214,31 @@ def test_text_encoders_are_trained_first_and_stay(cache: Path) -> None:
     assert not [name for name, weight in trained.items() if not torch.equal(after[name], weight)]
 
 
+def test_new_text_encoders_are_read_as_the_old_ones_were(cache: Path) -> None:
+    vae.train(ONE_STEP, 4, 1e-3, vae.CHECKPOINT, 0)
+    latents.encode_pool()
+    latents.write_scale()
+    text.build_tokenizers(train.TOKENIZERS)
+    folder = cache / "exported"
+    export.export(folder)
+    words.train(ONE_STEP, 4, 1e-3, words.WORDS_CHECKPOINT, 0, folder)
+    started, nano = train.Nano(train.TOKENIZERS), train.Nano(train.TOKENIZERS)
+    for model in (started, nano):
+        model.load_exported(folder)
+    trained = train.encoder_weights(words.WORDS_CHECKPOINT)
+    prompts = ["", "subject 3", "a subject 5, halftone"]
+    before = text.encode_prompts(nano.tokenizers, nano.conditioning, prompts)
+    nano.take_words(trained, prompts)
+    after = text.encode_prompts(nano.tokenizers, nano.conditioning, prompts)
+    for name, weight in trained.items():
+        assert torch.equal(nano.get_parameter(name), weight)
+        torch.testing.assert_close(weight, started.get_parameter(name), atol=0.01, rtol=0.0)  # one step away
+    for i, name in enumerate(("context_embedder", "time_text_embed.text_embedder.linear_1")):
+        old, new = (model.transformer.get_submodule(name) for model in (started, nano))
+        torch.testing.assert_close(new(after[i]), old(before[i]), atol=1e-3, rtol=1e-2)
+        assert not torch.equal(new.weight, old.weight)
+
+
 @pytest.mark.parametrize("kind", ["content + style", "text"])
 def test_the_reward_asks_for_look_and_subject_as_much_as_the_slider(
     cache: Path, monkeypatch: pytest.MonkeyPatch, kind: str

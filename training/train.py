@@ -1,10 +1,11 @@
 """Train the nano transformer with its style encoder and projector: `python -m training.train --minutes 75`.
 
 Resumes from its checkpoint; a new run starts from the encoders that `training.style` and `training.words`
-have trained, or, by `--init assets/nano`, from shipped weights. Needs the latents. Rectified flow: noise and
-conditions to the velocity, over a mix of condition kinds. At last the model learns its own guided velocity,
-so that one pass at inference does what two would, to mix two looks, and, with `training.reward`'s network,
-that look and subject asked for are found in what it draws, the more the guidance is turned up.
+have trained, or, by `--init assets/nano`, from shipped weights and, if there are any, the text encoders that
+`training.words` has trained since. Needs the latents. Rectified flow: noise and conditions to the velocity,
+over a mix of condition kinds. At last the model learns its own guided velocity, so that one pass at
+inference does what two would, to mix two looks, and, with `training.reward`'s network, that look and subject
+asked for are found in what it draws, the more the guidance is turned up.
 """
 
 import json
@@ -296,8 +297,27 @@ class Nano(nn.Module):
         """Take the weights of an exported pipeline."""
         pipeline = USOPipeline.from_pretrained(folder, dtype=torch.float32)
         self.transformer.load_state_dict(pipeline.transformer.state_dict())
-        for name, module in self.conditioning.items():
-            module.load_state_dict(pipeline.components[name].state_dict())
+        load_encoders(self.conditioning, pipeline)
+
+    @torch.no_grad()
+    def take_words(self, weights: dict[str, Tensor], prompts: list[str]) -> None:
+        """Take text encoders trained anew, and fit the two layers that read them to what they gave before.
+
+        By least squares over `prompts`; what the transformer knows of words stays of use.
+        """
+        before = encode_prompts(self.tokenizers, self.conditioning, prompts)
+        self.load_state_dict(weights, strict=False)
+        after = encode_prompts(self.tokenizers, self.conditioning, prompts)
+        of_states, of_pooled = (
+            self.transformer.context_embedder,
+            self.transformer.time_text_embed.text_embedder.linear_1,
+        )
+        for layer, old, new in zip((of_states, of_pooled), before, after, strict=True):
+            given = layer(old).flatten(0, -2)
+            read = F.pad(new.flatten(0, -2), (0, 1), value=1.0)  # the bias stands for a last input of 1
+            fitted = torch.linalg.lstsq(read, given, driver="gelsd").solution  # (inputs + 1, outputs)
+            layer.weight.copy_(fitted[:-1].T)
+            layer.bias.copy_(fitted[-1])
 
     def optimizer(self, lr: float) -> MuonAdamW:
         """Muon for the matrices of all blocks, AdamW for embeddings, norms, biases, first and last layers."""
@@ -310,6 +330,12 @@ class Nano(nn.Module):
             if p.requires_grad:
                 (matrices if inner and p.ndim == 2 else others).append(p)
         return MuonAdamW(matrices, others, lr)
+
+
+def load_encoders(encoders: nn.ModuleDict, pipeline: USOPipeline) -> None:
+    """Take a pipeline's weights of each of the encoders."""
+    for name, module in encoders.items():
+        module.load_state_dict(pipeline.components[name].state_dict())
 
 
 @torch.no_grad()
@@ -402,6 +428,13 @@ def train(
     reward = load_reward(REWARD_CHECKPOINT).to(device()) if REWARD_CHECKPOINT.exists() else None
     if init:
         model.load_exported(init)
+        if WORDS_CHECKPOINT.exists():
+            rng = np.random.default_rng(seed)
+            known = load_shards([], None, shard)
+            prompts = [
+                p for kind in KINDS for _ in range(20) for p in draw_batch(known, kind, rng, 12).prompts
+            ]
+            model.take_words(encoder_weights(WORDS_CHECKPOINT), prompts)
     else:
         for path in (STYLE_CHECKPOINT, WORDS_CHECKPOINT):
             if path.exists():

@@ -20,10 +20,12 @@ from training.text import encode_prompts, load_tokenizers
 from training.train import (
     TOKENIZERS,
     WORDS_CHECKPOINT,
+    load_encoders,
     load_shards,
     prepare_tokenizers,
 )
 from uso.model.geometry import pack_latents
+from uso.model.pipeline import USOPipeline
 
 LOOKS = 0.2  # of the batches: the drawing in a look
 WIDTH = 192
@@ -48,9 +50,14 @@ class Words(nn.Module):
         return self.draw(query + self.read(query, states, states, need_weights=False)[0])
 
 
-def train(minutes: float, size: int, lr: float, checkpoint: Path, seed: int) -> None:
+def train(
+    minutes: float, size: int, lr: float, checkpoint: Path, seed: int, init: Path | None = None
+) -> None:
     """One process's work: `size` prompts of one shard and kind a step."""
-    model = Words(TOKENIZERS).to(device())
+    model = Words(TOKENIZERS)
+    if init:
+        load_encoders(model.conditioning, USOPipeline.from_pretrained(init, dtype=torch.float32))
+    model = model.to(device())
     run = Run(model, layers_by_muon(model, lr), lr=lr, minutes=minutes, checkpoint=checkpoint)
     rng = data_rng(seed, run.step)
     shards = [shard for shard in load_shards([], None) if shard.split == "named"]
@@ -78,8 +85,18 @@ if __name__ == "__main__":
     parser = training_options(__doc__, minutes=10)
     parser.add_argument("--batch", type=int, default=128, help="prompts a process and step")
     parser.add_argument(
-        "--init", type=Path, help="diffusers folder whose tokenizers to take, such as assets/nano"
+        "--init", type=Path, help="diffusers folder to start from, with its tokenizers, such as assets/nano"
     )
     a = parser.parse_args()
     prepare_tokenizers(a.init)
-    launch(train, a.minutes, a.batch, a.lr, WORDS_CHECKPOINT, a.seed, processes=a.processes, seed=a.seed)
+    launch(
+        train,
+        a.minutes,
+        a.batch,
+        a.lr,
+        WORDS_CHECKPOINT,
+        a.seed,
+        a.init,
+        processes=a.processes,
+        seed=a.seed,
+    )
