@@ -57,17 +57,17 @@ TOKENIZERS = CACHE / "tokenizers"
 # "look" is the look in words. Without style and look the target is the plain picture. By "text" the prompt
 # alone tells the subject, which is always drawn alike: of all its drawings the mean would be a blur.
 KINDS = {
-    "content + style": 0.55,
+    "content + style": 0.52,
     "content + 2 styles": 0.07,
     "style + text": 0.12,
     "content + look": 0.05,
     "content": 0.02,
-    "text": 0.13,
+    "text": 0.16,
     "text + look": 0.06,
 }
 MIXED = 0.1  # of the batches that learn guidance: two style pictures of different looks
 REWARD = 0.02  # its weight at the end of the slider
-TEXTURE = 10.0  # beside finding the look: its texture as in the true picture; a gradient as large
+TEXTURE = 20.0  # beside finding the look: its texture as in the true picture; a gradient twice as large
 SAME = 0.35  # of the style pictures beside content: a part of the one to be drawn
 SHEETS = 0.15  # of the others: four subjects in the look on one sheet, not one subject
 RELOAD = 100  # steps
@@ -218,10 +218,12 @@ def draw_kind(rng: np.random.Generator, *, guided: bool) -> str:
 
 
 def draw_batch(shards: list[Shard], kind: str, rng: np.random.Generator, size: int) -> Batch:
-    """A batch of one shard."""
+    """A batch of one shard: `size` pictures, of prompts alone twice as many."""
     split = "named" if "text" in kind else "train"
     fitting = [shard for shard in shards if shard.split == split]
     shard = fitting[rng.integers(len(fitting))]
+    if kind.startswith("text"):
+        size *= 2  # for they are half as long
     rows = rng.choice(len(shard.targets(kind)), size, replace=False)
     return shard.batch(kind, rows.tolist(), rng).to(device())
 
