@@ -307,6 +307,7 @@ class Nano(nn.Module):
 
         By least squares over `prompts`; what the transformer knows of words stays of use.
         """
+        self.style_tokens = None
         before = encode_prompts(self.tokenizers, self.conditioning, prompts)
         self.load_state_dict(weights, strict=False)
         after = encode_prompts(self.tokenizers, self.conditioning, prompts)
