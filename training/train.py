@@ -57,13 +57,13 @@ TOKENIZERS = CACHE / "tokenizers"
 # "look" is the look in words. Without style and look the target is the plain picture. By "text" the prompt
 # alone tells the subject, which is always drawn alike: of all its drawings the mean would be a blur.
 KINDS = {
-    "content + style": 0.52,
-    "content + 2 styles": 0.07,
-    "style + text": 0.12,
+    "content + style": 0.49,
+    "content + 2 styles": 0.06,
+    "style + text": 0.14,
     "content + look": 0.05,
     "content": 0.02,
-    "text": 0.16,
-    "text + look": 0.06,
+    "text": 0.17,
+    "text + look": 0.07,
 }
 MIXED = 0.1  # of the batches that learn guidance: two style pictures of different looks
 REWARD = 0.02  # its weight at the end of the slider
