@@ -238,6 +238,10 @@ def test_new_text_encoders_are_read_as_the_old_ones_were(cache: Path) -> None:
         torch.testing.assert_close(new(after[i]), old(before[i]), atol=1e-3, rtol=1e-2)
         assert not torch.equal(new.weight, old.weight)
 
+    train.train(ONE_STEP, 2, 1e-3, 0.7, folder, train.CHECKPOINT, 0)
+    after_training = loop.averaged_weights(train.CHECKPOINT)
+    assert not [name for name, weight in trained.items() if not torch.equal(after_training[name], weight)]
+
 
 @pytest.mark.parametrize("kind", ["content + style", "text"])
 def test_the_reward_asks_for_look_and_subject_as_much_as_the_slider(

@@ -71,6 +71,7 @@ TEXTURE = 20.0  # beside finding the look: its texture as in the true picture; a
 SAME = 0.35  # of the style pictures beside content: a part of the one to be drawn
 SHEETS = 0.15  # of the others: four subjects in the look on one sheet, not one subject
 RELOAD = 100  # steps
+FITTED = 4  # prompts of each kind and shard, by which new text encoders are fitted
 SLIDER = (1.0, 5.0)  # `guidance_scale` as the user gives it
 TEMPLATES = ("{}", "a {}", "a picture of a {}", "{} in this style", "the {}", "a photo of a {}")
 LOOK_TEMPLATES = ("{}", "{} style", "in the style of {}", "make it {}")
@@ -166,6 +167,16 @@ class Shard:
         """The latents to be drawn under conditions of one kind."""
         return self.content if kind in ("content", "text") else self.target
 
+    def prompt(self, kind: str, row: int, rng: np.random.Generator) -> tuple[str, bool]:
+        """A prompt for picture `row` under conditions of one kind, and whether it tells the subject."""
+        subject = TEMPLATES[rng.integers(len(TEMPLATES))].format(self.subjects[row])
+        words = self.looks[row] if rng.random() < 0.75 else self.looks[row].partition(",")[0]
+        look = LOOK_TEMPLATES[rng.integers(len(LOOK_TEMPLATES))].format(words)
+        # Empty prompts and no content at all are needed too: guidance is measured from there.
+        chance = 0.9 if "text" in kind else 0.4 if "look" in kind else 0.3 if "style" in kind else 0
+        told = bool(rng.random() < chance)
+        return ", ".join([subject] * told + [look] * ("look" in kind)), told
+
     def batch(self, kind: str, rows: Sequence[int], rng: np.random.Generator) -> Batch:
         """The pictures `rows` under conditions of one kind."""
         mixed = "mixed" in kind
@@ -173,13 +184,8 @@ class Shard:
         prompts, pictures, named = [], [], []
         alone = "text" in kind  # the prompt alone tells the subject
         for row in rows:
-            subject = TEMPLATES[rng.integers(len(TEMPLATES))].format(self.subjects[row])
-            words = self.looks[row] if rng.random() < 0.75 else self.looks[row].partition(",")[0]
-            look = LOOK_TEMPLATES[rng.integers(len(LOOK_TEMPLATES))].format(words)
-            # Empty prompts and no content at all are needed too: guidance is measured from there.
-            chance = 0.9 if alone else 0.4 if "look" in kind else 0.3 if styles else 0
-            told = bool(rng.random() < chance)
-            prompts.append(", ".join([subject] * told + [look] * ("look" in kind)))
+            prompt, told = self.prompt(kind, row, rng)
+            prompts.append(prompt)
             named.append(self.shown[row] if told else -1)
             if styles:
                 of = [row, int(rng.integers(len(self.looks)))] if mixed else [row] * styles
@@ -307,16 +313,15 @@ class Nano(nn.Module):
 
         By least squares over `prompts`; what the transformer knows of words stays of use.
         """
-        self.style_tokens = None
         before = encode_prompts(self.tokenizers, self.conditioning, prompts)
         self.load_state_dict(weights, strict=False)
         after = encode_prompts(self.tokenizers, self.conditioning, prompts)
-        of_states, of_pooled = (
+        readers = (
             self.transformer.context_embedder,
             self.transformer.time_text_embed.text_embedder.linear_1,
         )
-        for layer, old, new in zip((of_states, of_pooled), before, after, strict=True):
-            given = layer(old).flatten(0, -2)
+        for layer, old, new in zip(readers, before, after, strict=True):
+            given = F.linear(old, layer.weight, layer.bias).flatten(0, -2)
             read = F.pad(new.flatten(0, -2), (0, 1), value=1.0)  # the bias stands for a last input of 1
             fitted = torch.linalg.lstsq(read, given, driver="gelsd").solution  # (inputs + 1, outputs)
             layer.weight.copy_(fitted[:-1].T)
@@ -429,13 +434,16 @@ def train(
     """One process's work."""
     model, teacher = nano(TOKENIZERS), nano(TOKENIZERS).requires_grad_(False)
     reward = load_reward(REWARD_CHECKPOINT).to(device()) if REWARD_CHECKPOINT.exists() else None
+    shards = load_shards([], reward, shard)
     if init:
         model.load_exported(init)
         if WORDS_CHECKPOINT.exists():
             rng = np.random.default_rng(seed)
-            known = load_shards([], None, shard)
             prompts = [
-                p for kind in KINDS for _ in range(20) for p in draw_batch(known, kind, rng, 12).prompts
+                one.prompt(kind, row, rng)[0]
+                for one in shards
+                for kind in KINDS
+                for row in rng.integers(len(one.subjects), size=FITTED).tolist()
             ]
             model.take_words(encoder_weights(WORDS_CHECKPOINT), prompts)
     else:
@@ -451,10 +459,9 @@ def train(
     rng = data_rng(seed, run.step)
     torch.manual_seed(int(rng.integers(2**31)))
     names = run.average_names()
-    shards: list[Shard] = []
     smooth: float | None = None
     while run.progress < 1:
-        if run.step % RELOAD == 0 or not shards:  # what `training.latents` has encoded meanwhile
+        if run.step % RELOAD == 0:  # what `training.latents` has encoded meanwhile
             shards = load_shards(shards, reward, shard)
         guided = run.progress > distill_from and run.step % 2 == 0
         # the same in all processes: they wait for each other, and some kinds take twice as long as others
