@@ -1,11 +1,10 @@
 """Train the nano transformer with its style encoder and projector: `python -m training.train --minutes 75`.
 
 Resumes from its checkpoint; a new run starts from the encoders that `training.style` and `training.words`
-have trained, or, by `--init assets/nano`, from shipped weights and, if there are any, the text encoders that
-`training.words` has trained since. Needs the latents. Rectified flow: noise and conditions to the velocity,
-over a mix of condition kinds. At last the model learns its own guided velocity, so that one pass at
-inference does what two would, to mix two looks, and, with `training.reward`'s network, that look and subject
-asked for are found in what it draws, the more the guidance is turned up.
+have trained, or, by `--init assets/nano`, from shipped weights. Needs the latents. Rectified flow: noise and
+conditions to the velocity, over a mix of condition kinds. At last the model learns its own guided velocity,
+so that one pass at inference does what two would, to mix two looks, and, with `training.reward`'s network,
+that look and subject asked for are found in what it draws, the more the guidance is turned up.
 """
 
 import json
@@ -57,13 +56,13 @@ TOKENIZERS = CACHE / "tokenizers"
 # "look" is the look in words. Without style and look the target is the plain picture. By "text" the prompt
 # alone tells the subject, which is always drawn alike: of all its drawings the mean would be a blur.
 KINDS = {
-    "content + style": 0.49,
-    "content + 2 styles": 0.06,
-    "style + text": 0.14,
-    "content + look": 0.05,
-    "content": 0.02,
-    "text": 0.17,
-    "text + look": 0.07,
+    "content + style": 0.38,
+    "content + 2 styles": 0.05,
+    "style + text": 0.24,
+    "content + look": 0.03,
+    "content": 0.01,
+    "text": 0.20,
+    "text + look": 0.09,
 }
 MIXED = 0.1  # of the batches that learn guidance: two style pictures of different looks
 REWARD = 0.02  # its weight at the end of the slider
@@ -71,7 +70,6 @@ TEXTURE = 20.0  # beside finding the look: its texture as in the true picture; a
 SAME = 0.35  # of the style pictures beside content: a part of the one to be drawn
 SHEETS = 0.15  # of the others: four subjects in the look on one sheet, not one subject
 RELOAD = 100  # steps
-FITTED = 4  # prompts of each kind and shard, by which new text encoders are fitted
 SLIDER = (1.0, 5.0)  # `guidance_scale` as the user gives it
 TEMPLATES = ("{}", "a {}", "a picture of a {}", "{} in this style", "the {}", "a photo of a {}")
 LOOK_TEMPLATES = ("{}", "{} style", "in the style of {}", "make it {}")
@@ -224,21 +222,18 @@ def draw_kind(rng: np.random.Generator, *, guided: bool) -> str:
 
 
 def draw_batch(shards: list[Shard], kind: str, rng: np.random.Generator, size: int) -> Batch:
-    """A batch of one shard: `size` pictures, of prompts alone twice as many."""
+    """A batch of one shard: `size` pictures, without content twice as many."""
     split = "named" if "text" in kind else "train"
     fitting = [shard for shard in shards if shard.split == split]
     shard = fitting[rng.integers(len(fitting))]
-    if kind.startswith("text"):
+    if "content" not in kind:
         size *= 2  # for they are half as long
     rows = rng.choice(len(shard.targets(kind)), size, replace=False)
     return shard.batch(kind, rows.tolist(), rng).to(device())
 
 
 class Nano(nn.Module):
-    """Transformer and condition encoders, called as the pipeline calls them, on batches.
-
-    The text encoders are frozen, as FLUX's are: `training.words` has trained them.
-    """
+    """Transformer and condition encoders, called as the pipeline calls them, on batches."""
 
     def __init__(self, tokenizers: Path) -> None:
         super().__init__()
@@ -250,8 +245,6 @@ class Nano(nn.Module):
                 if name.startswith("norm") and isinstance(module, nn.Linear):
                     nn.init.zeros_(module.weight)  # adaLN-zero: each block starts as the identity
         nn.init.zeros_(self.transformer.proj_out.weight)
-        for name in ("text_encoder", "text_encoder_2"):
-            self.conditioning[name].requires_grad_(False)
         self.style_tokens: Tensor | None = None
         self.transformer.context_embedder.register_forward_hook(self._prepend_style)
 
@@ -305,27 +298,8 @@ class Nano(nn.Module):
         """Take the weights of an exported pipeline."""
         pipeline = USOPipeline.from_pretrained(folder, dtype=torch.float32)
         self.transformer.load_state_dict(pipeline.transformer.state_dict())
-        load_encoders(self.conditioning, pipeline)
-
-    @torch.no_grad()
-    def take_words(self, weights: dict[str, Tensor], prompts: list[str]) -> None:
-        """Take text encoders trained anew, and fit the two layers that read them to what they gave before.
-
-        By least squares over `prompts`; what the transformer knows of words stays of use.
-        """
-        before = encode_prompts(self.tokenizers, self.conditioning, prompts)
-        self.load_state_dict(weights, strict=False)
-        after = encode_prompts(self.tokenizers, self.conditioning, prompts)
-        readers = (
-            self.transformer.context_embedder,
-            self.transformer.time_text_embed.text_embedder.linear_1,
-        )
-        for layer, old, new in zip(readers, before, after, strict=True):
-            given = F.linear(old, layer.weight, layer.bias).flatten(0, -2)
-            read = F.pad(new.flatten(0, -2), (0, 1), value=1.0)  # the bias stands for a last input of 1
-            fitted = torch.linalg.lstsq(read, given, driver="gelsd").solution  # (inputs + 1, outputs)
-            layer.weight.copy_(fitted[:-1].T)
-            layer.bias.copy_(fitted[-1])
+        for name, module in self.conditioning.items():
+            module.load_state_dict(pipeline.components[name].state_dict())
 
     def optimizer(self, lr: float) -> MuonAdamW:
         """Muon for the matrices of all blocks, AdamW for embeddings, norms, biases, first and last layers."""
@@ -335,15 +309,8 @@ class Nano(nn.Module):
             inner = (
                 "blocks." in name or ".layers." in name or ".block." in name
             ) and "relative_attention" not in name
-            if p.requires_grad:
-                (matrices if inner and p.ndim == 2 else others).append(p)
+            (matrices if inner and p.ndim == 2 else others).append(p)
         return MuonAdamW(matrices, others, lr)
-
-
-def load_encoders(encoders: nn.ModuleDict, pipeline: USOPipeline) -> None:
-    """Take a pipeline's weights of each of the encoders."""
-    for name, module in encoders.items():
-        module.load_state_dict(pipeline.components[name].state_dict())
 
 
 @torch.no_grad()
@@ -377,7 +344,8 @@ def loss_of(model: Nano, batch: Batch, teacher: Nano | None, reward: Reward | No
     """
     clean, noise = batch.target, torch.randn_like(batch.target)
     # Logit-normal, well above the middle: near 1 the conditions alone decide what the picture becomes.
-    middle = 1.2 if batch.named is None else 2.2
+    # At .9 the noisy picture tells its subject, and the prompt nothing more.
+    middle = 1.2 if batch.named is None else 3.0
     sigma = torch.sigmoid(1.3 * torch.randn(len(clean), device=clean.device) + middle)
     noisy = torch.lerp(clean, noise, sigma[:, None, None, None])
     velocity = pack_latents(noise - clean)
@@ -437,15 +405,6 @@ def train(
     shards = load_shards([], reward, shard)
     if init:
         model.load_exported(init)
-        if WORDS_CHECKPOINT.exists():
-            rng = np.random.default_rng(seed)
-            prompts = [
-                one.prompt(kind, row, rng)[0]
-                for one in shards
-                for kind in KINDS
-                for row in rng.integers(len(one.subjects), size=FITTED).tolist()
-            ]
-            model.take_words(encoder_weights(WORDS_CHECKPOINT), prompts)
     else:
         for path in (STYLE_CHECKPOINT, WORDS_CHECKPOINT):
             if path.exists():

@@ -2,8 +2,8 @@
 
 From the prompt a small reader draws latents at once: a subject's one drawing, plain or in a look; what the
 transformer has to make of pure noise. `training.train` starts from the encoders that learned
-it, without the reader: beside pictures, words have too little to say for the encoders to learn much. Needs
-the latents.
+it, without the reader: beside pictures, words have too little to say for untrained encoders to learn much.
+Needs the latents.
 """
 
 from pathlib import Path
@@ -20,12 +20,10 @@ from training.text import encode_prompts, load_tokenizers
 from training.train import (
     TOKENIZERS,
     WORDS_CHECKPOINT,
-    load_encoders,
     load_shards,
     prepare_tokenizers,
 )
 from uso.model.geometry import pack_latents
-from uso.model.pipeline import USOPipeline
 
 LOOKS = 0.2  # of the batches: the drawing in a look
 WIDTH = 192
@@ -50,14 +48,9 @@ class Words(nn.Module):
         return self.draw(query + self.read(query, states, states, need_weights=False)[0])
 
 
-def train(
-    minutes: float, size: int, lr: float, checkpoint: Path, seed: int, init: Path | None = None
-) -> None:
+def train(minutes: float, size: int, lr: float, checkpoint: Path, seed: int) -> None:
     """One process's work: `size` prompts of one shard and kind a step."""
-    model = Words(TOKENIZERS)
-    if init:
-        load_encoders(model.conditioning, USOPipeline.from_pretrained(init, dtype=torch.float32))
-    model = model.to(device())
+    model = Words(TOKENIZERS).to(device())
     run = Run(model, layers_by_muon(model, lr), lr=lr, minutes=minutes, checkpoint=checkpoint)
     rng = data_rng(seed, run.step)
     shards = [shard for shard in load_shards([], None) if shard.split == "named"]
@@ -84,19 +77,6 @@ def train(
 if __name__ == "__main__":
     parser = training_options(__doc__, minutes=10)
     parser.add_argument("--batch", type=int, default=128, help="prompts a process and step")
-    parser.add_argument(
-        "--init", type=Path, help="diffusers folder to start from, with its tokenizers, such as assets/nano"
-    )
     a = parser.parse_args()
-    prepare_tokenizers(a.init)
-    launch(
-        train,
-        a.minutes,
-        a.batch,
-        a.lr,
-        WORDS_CHECKPOINT,
-        a.seed,
-        a.init,
-        processes=a.processes,
-        seed=a.seed,
-    )
+    prepare_tokenizers(None)
+    launch(train, a.minutes, a.batch, a.lr, WORDS_CHECKPOINT, a.seed, processes=a.processes, seed=a.seed)
