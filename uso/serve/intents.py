@@ -58,7 +58,7 @@ INTENTS = (
         "No subject. Drop a style and say in the prompt what to draw in it.",
         {"content_image": None, "keep_size": False},
         (("style_image",), ("prompt",)),
-        {"style_image": "pop-art.jpg", "prompt": "an owl"},
+        {"style_image": "pop-art.jpg", "prompt": "a mushroom"},
     ),
     Intent(
         "Mix styles",
@@ -72,7 +72,7 @@ INTENTS = (
         "No pictures: the prompt alone.",
         {"content_image": None, "style_image": None, "extra_style_image": None, "keep_size": False},
         (("prompt",),),
-        {"prompt": "a red sailboat on a calm sea, watercolour"},
+        {"prompt": "a cactus in a desert"},
     ),
 )
 
@@ -85,5 +85,5 @@ def thumbnail(intent: Intent) -> Image.Image:
         with Image.open(EXAMPLES / name) as picture:
             sheet.paste(picture.resize((160, 160)), (160 * column, 0))
     if not names:
-        ImageDraw.Draw(sheet).text((16, 40), "a red\nsailboat ...", fill="#44403c", font_size=24)
+        ImageDraw.Draw(sheet).text((16, 40), "a cactus\nin a desert", fill="#44403c", font_size=24)
     return sheet
