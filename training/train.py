@@ -227,7 +227,7 @@ def draw_batch(shards: list[Shard], kind: str, rng: np.random.Generator, size: i
     fitting = [shard for shard in shards if shard.split == split]
     shard = fitting[rng.integers(len(fitting))]
     if "content" not in kind:
-        size *= 2  # for they are half as long
+        size *= 2  # without its tokens they are shorter
     rows = rng.choice(len(shard.targets(kind)), size, replace=False)
     return shard.batch(kind, rows.tolist(), rng).to(device())
 
@@ -402,7 +402,6 @@ def train(
     """One process's work."""
     model, teacher = nano(TOKENIZERS), nano(TOKENIZERS).requires_grad_(False)
     reward = load_reward(REWARD_CHECKPOINT).to(device()) if REWARD_CHECKPOINT.exists() else None
-    shards = load_shards([], reward, shard)
     if init:
         model.load_exported(init)
     else:
@@ -418,6 +417,7 @@ def train(
     rng = data_rng(seed, run.step)
     torch.manual_seed(int(rng.integers(2**31)))
     names = run.average_names()
+    shards = load_shards([], reward, shard)
     smooth: float | None = None
     while run.progress < 1:
         if run.step % RELOAD == 0:  # what `training.latents` has encoded meanwhile

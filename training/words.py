@@ -17,12 +17,7 @@ from training.loop import Run, autocast, data_rng, device, launch, layers_by_muo
 from training.models import NATIVE_SIDE, TEXT_WIDTH, build_text_encoders
 from training.style import found
 from training.text import encode_prompts, load_tokenizers
-from training.train import (
-    TOKENIZERS,
-    WORDS_CHECKPOINT,
-    load_shards,
-    prepare_tokenizers,
-)
+from training.train import TOKENIZERS, WORDS_CHECKPOINT, load_shards, prepare_tokenizers
 from uso.model.geometry import pack_latents
 
 LOOKS = 0.2  # of the batches: the drawing in a look
