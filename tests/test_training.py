@@ -255,18 +255,33 @@ def test_the_reward_asks_for_look_and_subject_as_much_as_the_slider(
     nano = train.Nano(train.TOKENIZERS)
     losses = {}
     for slider in (1.0, 3.0, 5.0):
-        monkeypatch.setattr(train, "guided_velocity", lambda *args: args[4])
-        monkeypatch.setattr(
-            torch.Tensor, "uniform_", lambda self, *args, slider=slider: self.fill_(((slider - 1) / 4) ** 2)
-        )
+        monkeypatch.setattr(train, "random_slider", lambda count, _, at=slider: torch.full((count,), at))
+        monkeypatch.setattr(train, "drawn", lambda _, batch, *levels: torch.randn_like(batch.target))
         for used in (None, network):
             torch.manual_seed(0)
-            losses[slider, used is not None] = train.loss_of(nano, batch, nano, used).item()
+            losses[slider, used is not None] = train.drawn_loss(nano, batch, nano, used).item()
     added = [losses[slider, True] - losses[slider, False] for slider in (1.0, 3.0, 5.0)]
     assert added[0] == 0
     assert added[1] == pytest.approx(added[2] / 2, rel=1e-3)
     assert added[2] > 0
-    assert train.loss_of(nano, batch, None, network).item() == pytest.approx(losses[1.0, False], rel=0.5)
+
+
+def test_noise_is_led_by_the_teacher_to_the_level_asked_for() -> None:
+    clean, sigma = torch.randn(2, 16, 16, 16), torch.tensor([0.1, 0.9])
+    levels = []
+
+    def teacher(latents: torch.Tensor, now: torch.Tensor, *_: object, **conditions: object) -> torch.Tensor:
+        levels.append(now)
+        return train.pack_latents((latents - clean) / now[:, None, None, None])
+
+    torch.manual_seed(0)
+    noise = torch.randn_like(clean)
+    torch.manual_seed(0)
+    batch = train.Batch(target=clean, content=None, style=None, prompts=["", ""])
+    led = train.drawn(teacher, batch, sigma, torch.full((2,), 4.0))
+    torch.testing.assert_close(led, clean.lerp(noise, sigma[:, None, None, None]), atol=1e-5, rtol=1e-5)
+    expected = torch.tensor([[1, 1], [0.775, 0.975], [0.55, 0.95], [0.325, 0.925]])
+    torch.testing.assert_close(torch.stack(levels), expected)
 
 
 def test_a_batch_is_learned_where_the_model_is(cache: Path) -> None:
@@ -283,9 +298,9 @@ def test_a_batch_is_learned_where_the_model_is(cache: Path) -> None:
         right=torch.tensor([0, 2]),
         named=torch.tensor([-1, 4]),
     ).to(meta)
-    loss = train.loss_of(nano, batch, nano, network)
-    assert loss.device == meta
-    loss.backward()
+    for loss in (train.loss_of(nano, batch, nano), train.drawn_loss(nano, batch, nano, network)):
+        assert loss.device == meta
+        loss.backward()
     style_pictures = torch.zeros(4, 3, 128, 128, device=meta)
     look, drawing = style.StylePath().to(meta)(style_pictures)
     assert style.contrast_loss(look, drawing).device == meta
@@ -332,7 +347,7 @@ def test_an_ablation_differs_by_what_it_leaves_out(cache: Path) -> None:
     nano = ablate.OnePath(train.TOKENIZERS)
     assert nano.encode_style(batch.style) is None
     assert len(nano.references(batch.content, batch.style)) == 2
-    assert train.loss_of(nano, batch, None, None).isfinite()
+    assert train.loss_of(nano, batch, None).isfinite()
 
 
 def test_guidance_slider() -> None:

@@ -2,9 +2,10 @@
 
 Resumes from its checkpoint; a new run starts from the encoders that `training.style` and `training.words`
 have trained, or, by `--init assets/nano`, from shipped weights. Needs the latents. Rectified flow: noise and
-conditions to the velocity, over a mix of condition kinds. At last the model learns its own guided velocity,
-so that one pass at inference does what two would, to mix two looks, and, with `training.reward`'s network,
-that look and subject asked for are found in what it draws, the more the guidance is turned up.
+conditions to the velocity, over a mix of condition kinds. In a third of the steps it learns its own guided
+velocity, so that one pass at inference does what two would, and to mix two looks; in another third, on the
+way that it draws itself, the true colours, and, with `training.reward`'s network, that look and subject asked
+for are found there, the more the guidance is turned up.
 """
 
 import json
@@ -56,16 +57,17 @@ TOKENIZERS = CACHE / "tokenizers"
 # "look" is the look in words. Without style and look the target is the plain picture. By "text" the prompt
 # alone tells the subject, which is always drawn alike: of all its drawings the mean would be a blur.
 KINDS = {
-    "content + style": 0.38,
-    "content + 2 styles": 0.05,
-    "style + text": 0.24,
+    "content + style": 0.48,
+    "content + 2 styles": 0.06,
+    "style + text": 0.22,
     "content + look": 0.03,
     "content": 0.01,
-    "text": 0.20,
-    "text + look": 0.09,
+    "text": 0.13,
+    "text + look": 0.07,
 }
 MIXED = 0.1  # of the batches that learn guidance: two style pictures of different looks
-REWARD = 0.02  # its weight at the end of the slider
+DRAWN = 4  # steps of the teacher's that lead from noise to where the reward looks
+REWARD = 0.04  # its weight at the end of the slider
 TEXTURE = 20.0  # beside finding the look: its texture as in the true picture; a gradient twice as large
 SAME = 0.35  # of the style pictures beside content: a part of the one to be drawn
 SHEETS = 0.15  # of the others: four subjects in the look on one sheet, not one subject
@@ -76,16 +78,12 @@ LOOK_TEMPLATES = ("{}", "{} style", "in the style of {}", "make it {}")
 
 
 def guidance_weight(slider: Tensor, sigma: Tensor) -> Tensor:
-    """Classifier-free guidance that a slider value stands for: 1 at 1, 2.2 at the default 4."""
-    return 1 + (slider - 1) * 0.4 * guided_part(sigma)
+    """Classifier-free guidance that a slider value stands for: 1 at 1, 2.2 at the default 4, below sigma .88.
 
-
-def guided_part(sigma: Tensor) -> Tensor:
-    """How much of the guidance counts at a noise level: all below .88, none of it at pure noise.
-
-    There it drives the colours beyond those asked for (Kynkäänniemi et al., 2024, on the interval).
+    Nearer pure noise it is less, there none: it would drive the colours beyond those asked for (Kynkäänniemi
+    et al., 2024, on the interval).
     """
-    return ((1 - sigma) / 0.12).clamp(max=1)
+    return 1 + (slider - 1) * 0.4 * ((1 - sigma) / 0.12).clamp(max=1)
 
 
 @dataclass
@@ -336,12 +334,8 @@ def guided_velocity(
     return velocity + (guidance_weight(slider, sigma) - 1)[:, None, None] * (full - empty)
 
 
-def loss_of(model: Nano, batch: Batch, teacher: Nano | None, reward: Reward | None) -> Tensor:
-    """Mean squared error of the velocity at random noise levels; with a teacher, of the guided velocity.
-
-    Then with a reward: look and subject that only style picture and prompt tell shall be found in the
-    predicted picture, and the true one's texture, the more the slider asks for it.
-    """
+def loss_of(model: Nano, batch: Batch, teacher: Nano | None) -> Tensor:
+    """Mean squared error of the velocity at random noise levels; with a teacher, of the guided velocity."""
     clean, noise = batch.target, torch.randn_like(batch.target)
     # Logit-normal, well above the middle: near 1 the conditions alone decide what the picture becomes.
     # At .9 the noisy picture tells its subject, and the prompt nothing more.
@@ -351,14 +345,52 @@ def loss_of(model: Nano, batch: Batch, teacher: Nano | None, reward: Reward | No
     velocity = pack_latents(noise - clean)
     slider = torch.full_like(sigma, SLIDER[0])
     if teacher is not None:
-        slider.uniform_().sqrt_().mul_(SLIDER[1] - SLIDER[0]).add_(SLIDER[0])  # more of its upper end
+        slider = random_slider(len(clean), clean.device)
         velocity = guided_velocity(teacher, noisy, sigma, slider, velocity, batch)
     output = model(noisy, sigma, slider, content=batch.content, style=batch.style, prompts=batch.prompts)
-    loss = F.mse_loss(output.float(), velocity.float())
-    if teacher is None or reward is None or (batch.looks is None and batch.named is None):
+    return F.mse_loss(output.float(), velocity.float())
+
+
+def random_slider(count: int, device: torch.device) -> Tensor:
+    """Slider values `(count,)`, more of the upper end."""
+    return SLIDER[0] + (SLIDER[1] - SLIDER[0]) * torch.rand(count, device=device).sqrt()
+
+
+@torch.no_grad()
+def drawn(teacher: Nano, batch: Batch, sigma: Tensor, slider: Tensor) -> Tensor:
+    """Pure noise that the teacher has led to noise levels `sigma` `(B,)`: latents `(B, 16, h, w)`."""
+    latents, now = torch.randn_like(batch.target), torch.ones_like(sigma)
+    for left in range(DRAWN, 0, -1):
+        then = torch.lerp(now, sigma, 1 / left)
+        velocity = unpacked(
+            teacher(latents, now, slider, content=batch.content, style=batch.style, prompts=batch.prompts),
+            like=latents,
+        )
+        latents, now = latents + (then - now)[:, None, None, None] * velocity, then
+    return latents
+
+
+def unpacked(tokens: Tensor, *, like: Tensor) -> Tensor:
+    """Tokens `(B, N, 64)` as latents of the shape of `like`."""
+    return unpack_latents(tokens.float(), height=8 * like.shape[2], width=8 * like.shape[3])
+
+
+def drawn_loss(model: Nano, batch: Batch, teacher: Nano, reward: Reward | None) -> Tensor:
+    """How far the picture predicted on the way that the teacher draws is from the true one.
+
+    There no trace of the true picture helps, as there is in noise mixed with it. Compared are colours of 16
+    pixels square, for finer parts would be blurred; with a reward also texture, and whether look and subject
+    that only style picture and prompt tell are found, the more the slider asks for it.
+    """
+    clean = batch.target
+    sigma = 0.1 + 0.8 * torch.rand(len(clean), device=clean.device)
+    slider = random_slider(len(clean), clean.device)
+    latents = drawn(teacher, batch, sigma, slider)
+    output = model(latents, sigma, slider, content=batch.content, style=batch.style, prompts=batch.prompts)
+    predicted = latents - sigma[:, None, None, None] * unpacked(output, like=latents)
+    loss = F.mse_loss(F.avg_pool2d(predicted, 2), F.avg_pool2d(clean, 2))
+    if reward is None or (batch.looks is None and batch.named is None):
         return loss
-    pixels = [8 * side for side in clean.shape[-2:]]
-    predicted = noisy - sigma[:, None, None, None] * unpack_latents(output, height=pixels[0], width=pixels[1])
     look, subject, texture = reward(predicted)
     missed = torch.zeros_like(slider)
     if batch.looks is not None and batch.right is not None:
@@ -368,7 +400,7 @@ def loss_of(model: Nano, batch: Batch, teacher: Nano | None, reward: Reward | No
         missed += TEXTURE * F.smooth_l1_loss(texture, right, reduction="none").mean(1)
     if batch.named is not None:
         missed += reward.subject_loss(subject, batch.named)
-    asked = guided_part(sigma) * (slider - SLIDER[0]) / (SLIDER[1] - SLIDER[0])
+    asked = (slider - SLIDER[0]) / (SLIDER[1] - SLIDER[0])
     return loss + REWARD * (asked * missed).mean()
 
 
@@ -410,6 +442,7 @@ def train(
                 model.load_state_dict(encoder_weights(path), strict=False)
     model, teacher = model.to(device()), teacher.to(device())
     if compiled:
+        torch._dynamo.config.recompile_limit = 32  # with gradients and without, of every kind's shapes
         for each in (model, teacher):
             each.transformer.compile_repeated_blocks(dynamic=True)
     run = Run(model, model.optimizer(lr), lr=lr, minutes=minutes, checkpoint=checkpoint)
@@ -422,14 +455,17 @@ def train(
     while run.progress < 1:
         if run.step % RELOAD == 0:  # what `training.latents` has encoded meanwhile
             shards = load_shards(shards, reward, shard)
-        guided = run.progress > distill_from and run.step % 2 == 0
+        turn = run.step % 3 if run.progress > distill_from else 0  # plain, guided, drawn
         # the same in all processes: they wait for each other, and some kinds take twice as long as others
-        kind = draw_kind(np.random.default_rng((seed, run.step)), guided=guided)
+        kind = draw_kind(np.random.default_rng((seed, run.step)), guided=turn == 1)
         batch = draw_batch(shards, kind, rng, size)
-        if guided:
+        if turn:
             teacher.load_state_dict(dict(zip(names, run.average, strict=True)), strict=False)
         with autocast():
-            loss = loss_of(model, batch, teacher if guided else None, reward)
+            if turn == 2:
+                loss = drawn_loss(model, batch, teacher, reward)
+            else:
+                loss = loss_of(model, batch, teacher if turn else None)
         run.update(loss)
         smooth = loss.item() if smooth is None else 0.99 * smooth + 0.01 * loss.item()
         run.show(f"loss {smooth:.4f}")
@@ -442,7 +478,7 @@ if __name__ == "__main__":
         "--distill-from",
         type=float,
         default=0.7,
-        help="part of the run from which on every second batch learns guidance; 1: never (default 0.7)",
+        help="part of the run from which on guidance and drawing are learned; 1: never (default 0.7)",
     )
     parser.add_argument("--init", type=Path, help="diffusers folder to start from, such as assets/nano")
     parser.add_argument("--compile", action="store_true", help="the blocks: minutes first, then faster steps")
