@@ -102,6 +102,11 @@ class Batch:
     right: Tensor | None = None  # `(B,)`: which of them is each picture's
     named: Tensor | None = None  # `(B,)`: the subject that only the prompt tells; -1: none
 
+    @property
+    def conditions(self) -> dict[str, Any]:
+        """What `Nano` is called with beside noise."""
+        return {"content": self.content, "style": self.style, "prompts": self.prompts}
+
     def to(self, device: torch.device) -> "Batch":
         """The same on a device."""
         moved: dict[str, Any] = {
@@ -347,7 +352,7 @@ def loss_of(model: Nano, batch: Batch, teacher: Nano | None) -> Tensor:
     if teacher is not None:
         slider = random_slider(len(clean), clean.device)
         velocity = guided_velocity(teacher, noisy, sigma, slider, velocity, batch)
-    output = model(noisy, sigma, slider, content=batch.content, style=batch.style, prompts=batch.prompts)
+    output = model(noisy, sigma, slider, **batch.conditions)
     return F.mse_loss(output.float(), velocity.float())
 
 
@@ -362,10 +367,7 @@ def drawn(teacher: Nano, batch: Batch, sigma: Tensor, slider: Tensor) -> Tensor:
     latents, now = torch.randn_like(batch.target), torch.ones_like(sigma)
     for left in range(DRAWN, 0, -1):
         then = torch.lerp(now, sigma, 1 / left)
-        velocity = unpacked(
-            teacher(latents, now, slider, content=batch.content, style=batch.style, prompts=batch.prompts),
-            like=latents,
-        )
+        velocity = unpacked(teacher(latents, now, slider, **batch.conditions), like=latents)
         latents, now = latents + (then - now)[:, None, None, None] * velocity, then
     return latents
 
@@ -386,7 +388,7 @@ def drawn_loss(model: Nano, batch: Batch, teacher: Nano, reward: Reward | None) 
     sigma = 0.1 + 0.8 * torch.rand(len(clean), device=clean.device)
     slider = random_slider(len(clean), clean.device)
     latents = drawn(teacher, batch, sigma, slider)
-    output = model(latents, sigma, slider, content=batch.content, style=batch.style, prompts=batch.prompts)
+    output = model(latents, sigma, slider, **batch.conditions)
     predicted = latents - sigma[:, None, None, None] * unpacked(output, like=latents)
     loss = F.mse_loss(F.avg_pool2d(predicted, 2), F.avg_pool2d(clean, 2))
     if reward is None or (batch.looks is None and batch.named is None):

@@ -85,5 +85,6 @@ def thumbnail(intent: Intent) -> Image.Image:
         with Image.open(EXAMPLES / name) as picture:
             sheet.paste(picture.resize((160, 160)), (160 * column, 0))
     if not names:
-        ImageDraw.Draw(sheet).text((16, 40), "a cactus\nin a desert", fill="#44403c", font_size=24)
+        prompt = intent.example["prompt"].replace(" in ", "\nin ")
+        ImageDraw.Draw(sheet).text((16, 40), prompt, fill="#44403c", font_size=24)
     return sheet
