@@ -15,11 +15,13 @@ from benchmarks.models import GUIDANCE, PROMPT, SIZES, Request, Size, random_ten
 from benchmarks.worker import Clock, serve, take_stdout
 from uso import load_pipeline
 from uso.model import checkpoints, keymaps, plans
+from uso.model.modes import Quantization
 from uso.model.pipeline import USOPipeline
 from uso.model.tuning import compile_blocks, give_back
 from uso.model.variants import DEV, with_numbers_of
 from uso.model.weights import Plan, Weights
 from uso.serve.device import Device
+from uso.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -58,14 +60,18 @@ def shapes_of(path: Path, size: Size) -> dict[str, keymaps.Shape]:
     return file_shapes(transformer if path.stem == "flux1-dev" else plans.autoencoder_plan(variant))
 
 
-def build(size: Size, folder: Path, *, device: str, dtype: torch.dtype) -> USOPipeline:
+def build(
+    size: Size, folder: Path, *, device: str, dtype: torch.dtype, quantization: Quantization = "none"
+) -> USOPipeline:
     """Through `load_pipeline`, whose files are random."""
 
     def open_random(path: Path, *, allow_pickle: bool = False) -> Weights:
         return RandomWeights(path, shapes_of(path, size), device=device)
 
     with mock.patch.object(checkpoints, "open_weights", open_random):
-        return load_pipeline(folder, torch_dtype=dtype)
+        return load_pipeline(
+            folder, settings=Settings(device=device), torch_dtype=dtype, quantization=quantization
+        )
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ import torch
 
 from benchmarks import official, ours
 from benchmarks.models import FULL, SIZES, picture, random_tensor, write_folder
+from benchmarks.modes import ROWS, settings_of
 from uso.images import prepare_content
 from uso.model.modes import TABLE
 
@@ -89,6 +90,11 @@ def test_against_official() -> None:
     assert said["ours"]["ops_step"] < 0.65 * said["official"]["ops_step"]
 
 
+def test_cost() -> None:
+    errors = run("cost", "--device", "cpu", "--pictures", "1")["errors"]
+    assert all(error >= 0 for row in errors.values() for error in row.values())
+
+
 def test_server() -> None:
     said = run("server", "--tasks", "3", "--clients", "2", "--steps", "1")
     for part in ("engine", "server"):
@@ -99,6 +105,13 @@ def test_server() -> None:
 def test_modes() -> None:
     said = run("modes", "--device", "cpu", "--steps", "1", "--rounds", "1")["modes"]
     assert said.keys() == {mode.name for mode in TABLE if mode.needs != "CUDA"}
+    assert settings_of(ROWS["staged int4"][0], model="nano", device="cpu").quantize == "int4"
     assert said["full"]["latents"] == 0
     assert 0 < said["int8"]["latents"] < said["int4"]["latents"]
     assert said["int4"]["weights_bytes"] < said["int8"]["weights_bytes"] < said["full"]["weights_bytes"]
+
+
+def test_modes_of_random_weights() -> None:
+    said = run("modes", "--size", "tiny", "--device", "cpu", "--steps", "1", "--rounds", "1", "--side", "96")
+    assert said["modes"]["full"]["latents"] == 0
+    assert "random" in said["model"]

@@ -18,7 +18,7 @@ from uso.images import open_image
 from uso.model import devices, tuning
 from uso.model.checkpoints import load_pipeline
 from uso.model.devices import choose_device, pick_memory
-from uso.model.modes import MEMORY_MODES, Footprint, MemoryMode
+from uso.model.modes import MEMORY_MODES, Footprint, MemoryMode, Quantization
 from uso.model.plans import published_components
 from uso.model.variants import DEV
 from uso.serve import device as device_module
@@ -226,6 +226,23 @@ def test_the_real_pipeline_falls_through_the_modes(faults: int, ends_in: str, lo
     assert following.image.tobytes() == lossless.tobytes()
     assert device.staging is not None
     assert device.staging.bytes == 0, "nothing stays on the device"
+
+
+@pytest.mark.usefixtures("all_modes")
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_modes_in_turn_leave_no_trace(quantization: Quantization) -> None:
+    """Each picture, and one of another size and prompt between, is that of a device which had no other."""
+    asked, other = work(**PICTURES, num_steps=2), work(prompt="a cat", width=1024, num_steps=1)
+
+    def fresh() -> Device:
+        return Device(load_pipeline("nano", quantization=quantization), device="cpu", memory="full")
+
+    expected, between = (drawn(fresh(), each).image.tobytes() for each in (asked, other))
+    device = fresh()
+    for mode in ("staged", "full", "offload", "full", "staged"):
+        device._place(mode)
+        assert drawn(device, asked).image.tobytes() == expected
+        assert drawn(device, other).image.tobytes() == between
 
 
 @pytest.mark.usefixtures("all_modes")

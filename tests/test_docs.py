@@ -46,6 +46,15 @@ def run(command: list[str] | str, folder: Path) -> subprocess.CompletedProcess[s
     )
 
 
+def test_the_ratios_are_those_of_the_tables() -> None:
+    said = re.search(
+        r"takes (\S+) of the official code's time, (\S+) with\s.*? 512x512 (\S+),", README, re.DOTALL
+    )
+    assert said
+    tables = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
+    assert [ratio for ratio in said.groups() if f"**{ratio}**" not in tables] == []
+
+
 def test_there_are_blocks() -> None:
     assert len(BLOCKS) >= 5
 

@@ -67,10 +67,10 @@ class FakePipeline:
         finally:
             self.inside -= 1
 
-    def windows(self, width: int, height: int) -> Windows:
+    def windows(self, width: int, height: int, *, content: bool) -> Windows:
         return Windows.over(width, height, scale=1.0, side=None)
 
-    def cut(self, pixels: torch.Tensor, **shape: int) -> torch.Tensor:
+    def fit(self, pixels: torch.Tensor, **shape: int) -> torch.Tensor:
         return pixels
 
     def encode_content(self, image: Image.Image, **rest: Any) -> torch.Tensor:

@@ -18,6 +18,7 @@ from uso.model.once import (
     fingerprint,
     lend,
     modulation_layers,
+    modulations,
     precomputed,
     share_position_bias,
 )
@@ -78,9 +79,7 @@ def test_a_step_gives_what_it_gives_without(transformer: Any) -> None:
     layers = [Counter(layer) for layer in modulation_layers(transformer)]
     with precomputed(
         transformer,
-        sigmas=sigmas,
-        guidance=guidance,
-        pooled_projections=pooled,
+        table=modulations(transformer, sigmas=sigmas, guidance=guidance, pooled_projections=pooled),
         encoder_hidden_states=text,
         style_tokens=None,
         ids=ids,
@@ -123,6 +122,22 @@ class Encoder:
     def __call__(self, *values: float, key: str = "a") -> Tensor:
         inputs = torch.tensor([values], dtype=torch.float32)
         return self.cache.get(key, [self.module], inputs, lambda x: self.module(x), device=CPU)
+
+
+def test_each_input_is_known_by_itself() -> None:
+    encode = Encoder()
+    rows = torch.tensor([[1.0, 2, 3], [4, 5, 6]])
+
+    def encoded(inputs: Tensor) -> Tensor:
+        return encode.cache.get("a", [encode.module], inputs, encode.module, device=CPU)
+
+    with torch.no_grad():
+        first, second = encoded(rows).split(1)
+        assert encode.counter.calls == 2
+        assert torch.equal(encoded(rows[:1]), first)
+        assert torch.equal(encoded(rows.flip(0)), torch.cat([second, first]))
+        assert encode.counter.calls == 2
+        assert torch.equal(first, encode.module(rows[:1])), "by a bit, too"
 
 
 def test_t5_looks_up_each_distance_once() -> None:

@@ -307,13 +307,27 @@ def test_native_side_draws_a_square_and_other_shapes_in_windows(pipe: USOPipelin
     for width, height in ((128, 128), (256, 128), (128, 272)):
         assert draw(pipe, width=width, height=height, output_type="pil")[0].size == (width, height)
     grid = torch.arange(12 * 8).view(1, 12, 8)  # 96x64 pixels, of which 80x64 have the proportions
-    assert torch.equal(pipe.cut(grid, width=128, height=160), grid[:, 1:11])
+    assert torch.equal(pipe.fit(grid, width=128, height=160), grid[:, 1:11])
     framed = Image.new("RGB", (100, 100), "red")
     framed.paste("blue", (10, 10, 90, 90))
     fitted = fit_into(framed, shape=(160, 64), size=(192, 64))  # whole, in the middle: 64x64
     assert fitted.size == (192, 64)
     assert fitted.getchannel("B").point(lambda value: 255 * (value > 127)).getbbox() == (70, 6, 122, 58)
     assert {fitted.getpixel(corner) for corner in ((0, 0), (191, 0), (0, 63), (191, 63))} == {(255, 0, 0)}
+
+
+def test_without_content_one_square_is_drawn_and_its_edges_are_continued(pipe: USOPipeline) -> None:
+    pipe.register_to_config(native_side=64)
+    words = {"content_image": None, "num_inference_steps": 1}
+    assert draw(pipe, width=256, height=128, **words).shape == (1, 16, 64)
+    square, wide, tall = (
+        draw(pipe, width=width, height=height, output_type="pt", **words)[0]
+        for width, height in ((64, 64), (192, 64), (64, 112))
+    )
+    assert close(wide[..., 64:128], square)
+    assert close(tall[:, 24:88], square)
+    assert close(wide[..., 128:], wide[..., 128:129].expand(3, 64, 64)), "one column, repeated"
+    assert not close(wide[..., 128], square[..., -1]), "softened"
 
 
 def test_a_window_sees_what_lies_under_it(pipe: USOPipeline) -> None:

@@ -79,7 +79,12 @@ def test_a_lora_counts_whatever_was_fused(pipe: USOPipeline) -> None:
     assert close(draw(pipe), adapted)
 
 
-def test_compiled_blocks_have_one_set_of_graphs_for_all_pictures(pipe: USOPipeline, expected: Tensor) -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_compiled_blocks_have_one_set_of_graphs_for_all_pictures(
+    pipe: USOPipeline, expected: Tensor, fused: bool
+) -> None:
+    if fused:  # as on CUDA
+        pipe.fuse_qkv_projections()
     counter = CompileCounter()
     tuning.compile_blocks(pipe, backend=counter)
     graphs = counter.frame_count

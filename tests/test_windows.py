@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from uso.model.windows import Windows
+from uso.model.windows import Windows, continue_edges
 
 SIZES = [(512, 1536), (1536, 512), (768, 1024), (1024, 1008), (1024, 1024), (1536, 528)]
 
@@ -49,3 +49,18 @@ def test_a_window_that_differs_fades_out() -> None:
     assert row[8:16].max() > 0.7
     assert row[:8].max() == row[16:].max() == 0
     assert row.diff().abs().max() < 0.3
+
+
+def test_edges_are_continued_on_both_sides() -> None:
+    picture = torch.zeros(2, 16, 8)
+    picture[..., 0], picture[..., -1], picture[:, -1] = 1, 2, 3
+    wide = continue_edges(picture, width=19, height=16)
+    assert wide.shape == (2, 16, 19)
+    assert torch.equal(wide[..., 5:13], picture)
+    assert (wide[:, :8, :5] == 1).all()
+    assert (wide[:, :8, 13:] == 2).all()
+    assert (wide[:, -1, 13:] > 2).all()
+    assert (wide[:, -1, 13:] < 3).all()
+    both = continue_edges(picture, width=8, height=20)
+    assert torch.equal(both[:, 2:18], picture)
+    assert torch.equal(continue_edges(picture, width=8, height=16), picture)

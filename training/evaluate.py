@@ -56,7 +56,7 @@ METRICS = ("joint", "style", "subject", "psnr", "ssim")
 STEPS, GUIDANCE = 12, 4.0
 CONTROLS: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
     "guidance": tuple((str(value), {"guidance": value}) for value in (1.0, 2.0, 3.0, 4.0, 5.0)),
-    "steps": tuple((str(value), {"steps": value}) for value in (4, 12, 25)),
+    "steps": tuple((str(value), {"steps": value}) for value in (4, 12, 25, 50)),
     "size": tuple(
         (f"{width}x{height}", {"width": width, "height": height})
         for width, height in ((512, 512), (1024, 1024), (1536, 1536), (512, 1536))
@@ -356,7 +356,7 @@ def table(title: str, rows: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw_grid(examples: dict[str, Examples], results: dict[str, np.ndarray], rows: int = 8) -> Image.Image:
+def draw_grid(examples: dict[str, Examples], results: dict[str, np.ndarray], rows: int = 10) -> Image.Image:
     """Rows of each set, two sets side by side: content, style, nano, truth, Magenta."""
     blocks = []
     for name, one in examples.items():

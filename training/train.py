@@ -2,8 +2,8 @@
 
 Resumes from its checkpoint; a new run starts from the encoders that `training.style` and `training.words`
 have trained, or, by `--init assets/nano`, from shipped weights. Needs the latents. Rectified flow: noise and
-conditions to the velocity, over a mix of condition kinds. In a third of the steps it learns its own guided
-velocity, so that one pass at inference does what two would, and to mix two looks; in another third, on the
+conditions to the velocity, over a mix of condition kinds. In a quarter of the steps it learns its own guided
+velocity, so that one pass at inference does what two would, and to mix two looks; in half of them, on the
 way that it draws itself, the true colours, and, with `training.reward`'s network, that look and subject asked
 for are found there, the more the guidance is turned up.
 """
@@ -57,17 +57,19 @@ TOKENIZERS = CACHE / "tokenizers"
 # "look" is the look in words. Without style and look the target is the plain picture. By "text" the prompt
 # alone tells the subject, which is always drawn alike: of all its drawings the mean would be a blur.
 KINDS = {
-    "content + style": 0.48,
+    "content + style": 0.55,
     "content + 2 styles": 0.06,
-    "style + text": 0.22,
+    "style + text": 0.19,
     "content + look": 0.03,
     "content": 0.01,
-    "text": 0.13,
-    "text + look": 0.07,
+    "text": 0.11,
+    "text + look": 0.05,
 }
+TURNS = ("plain", "drawn", "guided", "drawn")  # what the steps learn, one after the other
 MIXED = 0.1  # of the batches that learn guidance: two style pictures of different looks
 DRAWN = 4  # steps of the teacher's that lead from noise to where the reward looks
-REWARD = 0.04  # its weight at the end of the slider
+COLOURS = 1.5  # weight of the colours there
+REWARD = 0.05  # its weight at the end of the slider
 TEXTURE = 20.0  # beside finding the look: its texture as in the true picture; a gradient twice as large
 SAME = 0.35  # of the style pictures beside content: a part of the one to be drawn
 SHEETS = 0.15  # of the others: four subjects in the look on one sheet, not one subject
@@ -382,15 +384,15 @@ def drawn_loss(model: Nano, batch: Batch, teacher: Nano, reward: Reward | None) 
 
     There no trace of the true picture helps, as there is in noise mixed with it. Compared are colours of 16
     pixels square, for finer parts would be blurred; with a reward also texture, and whether look and subject
-    that only style picture and prompt tell are found, the more the slider asks for it.
+    that only style picture and prompt tell are found, the more guidance is asked for.
     """
     clean = batch.target
-    sigma = 0.1 + 0.8 * torch.rand(len(clean), device=clean.device)
+    sigma = 0.1 + 0.9 * torch.rand(len(clean), device=clean.device)
     slider = random_slider(len(clean), clean.device)
     latents = drawn(teacher, batch, sigma, slider)
     output = model(latents, sigma, slider, **batch.conditions)
     predicted = latents - sigma[:, None, None, None] * unpacked(output, like=latents)
-    loss = F.mse_loss(F.avg_pool2d(predicted, 2), F.avg_pool2d(clean, 2))
+    loss = COLOURS * F.mse_loss(F.avg_pool2d(predicted, 2), F.avg_pool2d(clean, 2))
     if reward is None or (batch.looks is None and batch.named is None):
         return loss
     look, subject, texture = reward(predicted)
@@ -402,7 +404,8 @@ def drawn_loss(model: Nano, batch: Batch, teacher: Nano, reward: Reward | None) 
         missed += TEXTURE * F.smooth_l1_loss(texture, right, reduction="none").mean(1)
     if batch.named is not None:
         missed += reward.subject_loss(subject, batch.named)
-    asked = (slider - SLIDER[0]) / (SLIDER[1] - SLIDER[0])
+    highest = guidance_weight(torch.tensor(SLIDER[1]), torch.tensor(0.0))
+    asked = (guidance_weight(slider, sigma) - 1) / (highest - 1)
     return loss + REWARD * (asked * missed).mean()
 
 
@@ -457,17 +460,17 @@ def train(
     while run.progress < 1:
         if run.step % RELOAD == 0:  # what `training.latents` has encoded meanwhile
             shards = load_shards(shards, reward, shard)
-        turn = run.step % 3 if run.progress > distill_from else 0  # plain, guided, drawn
+        turn = TURNS[run.step % len(TURNS)] if run.progress > distill_from else "plain"
         # the same in all processes: they wait for each other, and some kinds take twice as long as others
-        kind = draw_kind(np.random.default_rng((seed, run.step)), guided=turn == 1)
+        kind = draw_kind(np.random.default_rng((seed, run.step)), guided=turn == "guided")
         batch = draw_batch(shards, kind, rng, size)
-        if turn:
+        if turn != "plain":
             teacher.load_state_dict(dict(zip(names, run.average, strict=True)), strict=False)
         with autocast():
-            if turn == 2:
+            if turn == "drawn":
                 loss = drawn_loss(model, batch, teacher, reward)
             else:
-                loss = loss_of(model, batch, teacher if turn else None)
+                loss = loss_of(model, batch, teacher if turn == "guided" else None)
         run.update(loss)
         smooth = loss.item() if smooth is None else 0.99 * smooth + 0.01 * loss.item()
         run.show(f"loss {smooth:.4f}")

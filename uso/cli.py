@@ -241,22 +241,25 @@ def make_all(jobs: Sequence[Job], *, settings: "Settings", model: str, debug: bo
     """
     from tqdm import tqdm
 
-    from uso.serve.cost import Calibration, cost_text
+    from uso.serve.cost import Calibration, Demand, cost_text
     from uso.serve.device import DeviceFault
 
     failures = []
     with tqdm(total=sum(job.request.num_steps for job in jobs), unit="step", disable=None) as bar:
         device = load_device(settings, bar.set_description)
-        calibration, name = Calibration(settings.data_dir / "calibration.json"), f"{model} on {device.name}"
-        demands = [device.demand(work_of(job, {}), job.sizes) for job in jobs]
-        costs = [calibration.predict(name, demand) for demand in demands]
+        calibration = Calibration(settings.data_dir / "calibration.json")
+
+        def demand_of(job: Job) -> tuple[str, Demand]:  # asked again after each picture: memory may run out
+            return f"{model} on {device.name}", device.demand(work_of(job, {}), job.sizes)
+
+        costs = [calibration.predict(*demand_of(job)) for job in jobs]
         bar.write(f"{len(jobs)} to draw: {cost_text(costs)}", file=sys.stderr)
         begun = 0  # steps of the pictures before this one
         for number, job in enumerate(jobs, 1):
             bar.set_description(f"picture {number} of {len(jobs)}")
             try:
                 drawn = make(job, device, lambda step: bar.update(begun + step - bar.n))  # noqa: B023
-                calibration.learn(name, demands[number - 1], drawn.seconds, drawn.peak)
+                calibration.learn(*demand_of(job), drawn.seconds, drawn.peak)
                 size = f"{drawn.image.width}x{drawn.image.height}"
                 seconds = sum(drawn.seconds.values())
                 notes = " ".join(filter(None, [job.note, *drawn.notes]))

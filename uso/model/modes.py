@@ -191,7 +191,10 @@ class Footprint:
         return self.text_tokens + picture.styles * self.style_tokens + windows.tokens + content
 
     def windows(self, picture: Picture) -> Windows:
-        return Windows.over(picture.width, picture.height, scale=self.native_scale, side=self.native_side)
+        shape = picture.width, picture.height
+        if self.native_side and not picture.content:  # as in `USOPipeline.windows`
+            shape = self.native_side, self.native_side
+        return Windows.over(*shape, scale=self.native_scale, side=self.native_side)
 
     def _most(self, memory: MemoryMode, beside: Mapping[str, int]) -> int:
         if memory == "full":
@@ -231,6 +234,8 @@ def choose_memory(footprint: Footprint, free: float) -> tuple[MemoryMode, str]:
     if mode != "full":
         faster = MEMORY_MODES[MEMORY_MODES.index(mode) - 1]
         why += f"; {faster} needs {need[faster] / GB:.1f} GB"
+    if need[mode] > free:
+        why += ". It may not fit: free some, ask for smaller pictures, or start with --device cpu"
     return mode, why
 
 

@@ -18,7 +18,7 @@ from transformers.models.t5.modeling_t5 import T5Attention
 
 from uso.model.modes import modulation_layers
 
-CACHE_BYTES = 256 * 10**6  # 60 prompts of FLUX, or 200 style pictures
+CACHE_BYTES = 512 * 10**6  # nine prompts of FLUX at 25 steps, most of it their modulations
 SAMPLES = 8  # values looked at in each weight
 
 
@@ -26,23 +26,19 @@ SAMPLES = 8  # values looked at in each weight
 def precomputed(
     transformer: FluxTransformer2DModel,
     *,
-    sigmas: list[Tensor],
-    guidance: Tensor | None,
-    pooled_projections: Tensor,
+    table: Tensor,
     encoder_hidden_states: Tensor,
     style_tokens: Tensor | None,
     ids: Tensor,
 ) -> Iterator[Callable[[int], Any]]:
     """Within it a step computes only what depends on the latents. Call what it gives with the step's index.
 
-    Once for all steps: the text's embedding with the style tokens before it, the rotary embedding, and the
-    modulations. Meanwhile `modulation_layers` are not called: their weights may lie elsewhere. No module is
-    replaced: saving, LoRA, offload and compilation see the transformer as it is.
+    Once for all steps: the text's embedding with the style tokens before it, and the rotary embedding.
+    Meanwhile `modulation_layers` are not called: their weights may lie elsewhere. No module is replaced:
+    saving, LoRA, offload and compilation see the transformer as it is.
 
     Args:
-        sigmas: the `timestep` of each step, `(1,)`.
-        guidance: `(1,)`; None for a model without.
-        pooled_projections: CLIP's, `(1, P)`.
+        table: the `modulations` of all steps.
         encoder_hidden_states: T5's, `(1, T, D)`; where they lie is where everything is computed.
         style_tokens: `(1, S, hidden)`.
         ids: positions of the style, text, image and content tokens, `(S + T + N, 3)`.
@@ -51,11 +47,11 @@ def precomputed(
     if style_tokens is not None:
         text = torch.cat([style_tokens.to(text), text], dim=1)  # (1, S, D) + (1, T, D) -> (1, S + T, D)
     outputs = {transformer.context_embedder: text, transformer.pos_embed: transformer.pos_embed(ids)}
-    rows = modulations(transformer, sigmas=sigmas, guidance=guidance, pooled_projections=pooled_projections)
-    table = torch.cat(list(rows.values()), dim=1)  # (steps, all widths)
     # Each step's row is copied to the same place: an index would be a constant of a compiled block.
     current = torch.empty_like(table[:1])
-    outputs |= zip(rows, current.split([row.shape[1] for row in rows.values()], dim=1), strict=True)
+    layers = modulation_layers(transformer)
+    widths = [transformer.inner_dim, *(layer.out_features for layer in layers)]
+    outputs |= zip([transformer.time_text_embed, *layers], current.split(widths, dim=1), strict=True)
     with giving(outputs):
         yield lambda step: current.copy_(table[step : step + 1])
 
@@ -87,10 +83,15 @@ def modulations(
     sigmas: list[Tensor],
     guidance: Tensor | None,
     pooled_projections: Tensor,
-) -> dict[Any, Tensor]:
-    """What `time_text_embed` and each of the `modulation_layers` give in every step, `(steps, width)`.
+) -> Tensor:
+    """What `time_text_embed` and the `modulation_layers` give in every step, `(steps, all their widths)`.
 
     Through the live modules, so that LoRAs count, and a row at a time, so that it is what a step would give.
+
+    Args:
+        sigmas: the `timestep` of each step, `(1,)`.
+        guidance: `(1,)`; None for a model without.
+        pooled_projections: CLIP's, `(1, P)`.
     """
     device = pooled_projections.device
     parts: Any = transformer.time_text_embed
@@ -104,11 +105,11 @@ def modulations(
     with giving(constant):
         embeddings = [embed(sigma * 1000, *scaled_guidance, pooled_projections) for sigma in sigmas]
     activated = [nn.functional.silu(embedding) for embedding in embeddings]
-    rows = {transformer.time_text_embed: torch.cat(embeddings)}
+    columns = [torch.cat(embeddings)]
     for layer in modulation_layers(transformer):
         project = lend(layer, device)
-        rows[layer] = torch.cat([project(embedding) for embedding in activated])
-    return rows
+        columns.append(torch.cat([project(embedding) for embedding in activated]))
+    return torch.cat(columns, dim=1)
 
 
 def lend(module: nn.Module, device: torch.device) -> Callable[..., Tensor]:
@@ -139,9 +140,9 @@ def _position_bias(
 
 
 class ConditioningCache:
-    """What encoders made of what they were given; the least recently used goes first.
+    """What encoders, and the modulations, made of what they were given; the least recently used goes first.
 
-    Values lie on the CPU. Their key is all that decides them: the encoder's input, its weights, the device.
+    Values lie on the CPU. Their key is all that decides them: the input, the weights, the device.
 
     Args:
         limit: bytes to hold at most.
@@ -161,20 +162,28 @@ class ConditioningCache:
         *,
         device: torch.device,
     ) -> Tensor:
-        """`compute(inputs)` on `device`, or a copy of what it gave before.
+        """`compute(row)` of each of the `inputs` on `device`, or a copy of what it gave before.
+
+        Each by itself, so that what it gives does not depend on its neighbours by a bit.
 
         Args:
             key: what is computed.
             modules: whose weights decide it.
-            inputs: on the CPU, any shape.
+            inputs: on the CPU, `(B, ...)`; `compute` is given `(1, ...)`, what it gives is put in a row.
         """
+        rows = inputs.split(1)
         if torch.is_grad_enabled():  # a stored value has no graph
-            return compute(inputs.to(device))
-        content = hashlib.sha256(inputs.numpy().tobytes()).hexdigest()
-        full_key = (key, *map(fingerprint, modules), inputs.shape, inputs.dtype, content, device)
+            return torch.cat([compute(row.to(device)) for row in rows])
+        state = (key, *map(fingerprint, modules), inputs.shape[1:], inputs.dtype, device)
+        return torch.cat([self._get(state, row, compute, device) for row in rows])
+
+    def _get(
+        self, state: tuple[Any, ...], row: Tensor, compute: Callable[[Tensor], Tensor], device: torch.device
+    ) -> Tensor:
+        full_key = (*state, hashlib.sha256(row.numpy().tobytes()).hexdigest())
         value = self._values.get(full_key)
         if value is None:
-            computed = compute(inputs.to(device))
+            computed = compute(row.to(device))
             value = self._values[full_key] = computed.to("cpu", copy=True)
             self.size += value.nbytes
         self._values.move_to_end(full_key)

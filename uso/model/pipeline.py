@@ -27,12 +27,13 @@ from uso.model.geometry import (
     schedule_mu,
     unpack_latents,
 )
-from uso.model.once import ConditioningCache, precomputed, share_position_bias, walk
+from uso.model.modes import modulation_layers
+from uso.model.once import ConditioningCache, modulations, precomputed, share_position_bias, walk
 from uso.model.scheduler import USOFlowMatchEulerScheduler
 from uso.model.single_blocks import lean_single_blocks
 from uso.model.style_projector import StyleProjector
 from uso.model.tuning import fuse_qkv, split_qkv
-from uso.model.windows import Windows, round_to_tokens
+from uso.model.windows import Windows, continue_edges, round_to_tokens
 from uso.schema import resolve_size
 
 Callback = Callable[["USOPipeline", int, Tensor, dict[str, Tensor]], dict[str, Tensor]]
@@ -187,7 +188,7 @@ class USOPipeline(DiffusionPipeline, FluxLoraLoaderMixin):
         self._interrupt = False
         device = self._execution_device
         dtype = self.transformer.dtype
-        windows = self.windows(width, height)
+        windows = self.windows(width, height, content=bool(content_images or content_latents))
 
         try:
             # 2. Encode the prompt
@@ -239,9 +240,7 @@ class USOPipeline(DiffusionPipeline, FluxLoraLoaderMixin):
             with (
                 precomputed(
                     self.transformer,
-                    sigmas=sigmas,
-                    guidance=guidance,
-                    pooled_projections=pooled_prompt_embeds,
+                    table=self.modulations(sigmas, guidance, pooled_prompt_embeds),
                     encoder_hidden_states=prompt_embeds,
                     style_tokens=style_tokens,
                     ids=torch.cat([txt_ids, img_ids]),
@@ -278,7 +277,7 @@ class USOPipeline(DiffusionPipeline, FluxLoraLoaderMixin):
             images: Any = latents
             if output_type != "latent":
                 pixels = self.decode(latents, width=windows.width, height=windows.height)
-                pixels = self.cut(pixels, width=width, height=height)
+                pixels = self.fit(pixels, width=width, height=height)
                 if pixels.shape[2:] != (height, width):
                     pixels = torch.nn.functional.interpolate(
                         pixels.float(), size=(height, width), mode="bicubic", antialias=True
@@ -352,19 +351,29 @@ class USOPipeline(DiffusionPipeline, FluxLoraLoaderMixin):
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
 
-    def windows(self, width: int, height: int) -> Windows:
-        """What is drawn for an asked `width` x `height`, and in which windows the model sees it."""
-        return Windows.over(width, height, scale=self.config.native_scale, side=self.config.native_side)
+    def windows(self, width: int, height: int, *, content: bool) -> Windows:
+        """What is drawn for an asked `width` x `height`, and in which windows the model sees it.
 
-    def cut(self, pixels: Tensor, *, width: int, height: int) -> Tensor:
-        """The middle of what windows drew `(..., h, w)`, in the proportions of `width` x `height`."""
+        Without a content picture a model of one square draws one: in each of several it would draw all that
+        the prompt tells.
+        """
+        side = self.config.native_side
+        if side and not content:
+            width = height = side
+        return Windows.over(width, height, scale=self.config.native_scale, side=side)
+
+    def fit(self, pixels: Tensor, *, width: int, height: int) -> Tensor:
+        """What was drawn, `(..., h, w)`, in the proportions of `width` x `height`: the middle of what is
+        longer; the edges of what is shorter are continued."""
         if self.config.native_side is None:
             return pixels
         drawn_height, drawn_width = pixels.shape[-2:]
-        scale = min(drawn_width / width, drawn_height / height)
+        scale = min(drawn_width, drawn_height) / min(width, height)
         columns, rows = round(scale * width), round(scale * height)
-        left, top = (drawn_width - columns) // 2, (drawn_height - rows) // 2
-        return pixels[..., top : top + rows, left : left + columns]
+        left, top = max((drawn_width - columns) // 2, 0), max((drawn_height - rows) // 2, 0)
+        return continue_edges(
+            pixels[..., top : top + rows, left : left + columns], width=columns, height=rows
+        )
 
     def encode_prompt(
         self, prompt: str, *, device: torch.device, dtype: torch.dtype
@@ -408,6 +417,17 @@ class USOPipeline(DiffusionPipeline, FluxLoraLoaderMixin):
         )  # fmt: skip
         return tokens.flatten(0, 1)[None].to(device, dtype)  # (B, 3K, hidden) -> (1, B * 3K, hidden)
 
+    def modulations(self, sigmas: list[Tensor], guidance: Tensor | None, pooled: Tensor) -> Tensor:
+        """`uso.model.once.modulations`, kept for another seed."""
+        conditions = torch.cat([*sigmas, *([] if guidance is None else [guidance]), pooled[0]])
+        return self.conditioning.get(
+            "modulations", [self.transformer.time_text_embed, *modulation_layers(self.transformer)],
+            conditions.to("cpu", torch.float32)[None],
+            lambda _: modulations(
+                self.transformer, sigmas=sigmas, guidance=guidance, pooled_projections=pooled
+            ), device=pooled.device,
+        )  # fmt: skip
+
     def style_pixels(self, image: Image.Image) -> Tensor:
         """SigLIP's input `(1, 3, S, S)` in [-1, 1]: bicubic, as `SiglipImageProcessor`."""
         side = self.image_encoder.config.image_size
@@ -431,7 +451,7 @@ class USOPipeline(DiffusionPipeline, FluxLoraLoaderMixin):
         image = to_rgb(image)
         long_size = self.native_content_size(image, content_long_size)
         if self.config.native_side is not None:
-            windows = self.windows(*shape)
+            windows = self.windows(*shape, content=True)
             size = windows.width, windows.height
             # in a long shape a long picture is drawn larger than a square could hold it
             larger = min(shape[0] / image.width, shape[1] / image.height) * max(image.size) / min(shape)

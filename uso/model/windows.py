@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from uso.model.geometry import PIXELS_PER_TOKEN
@@ -32,7 +33,7 @@ class Windows:
         """For an asked `width` x `height`: `scale` of it, in multiples of 16, or with the short side `side`.
 
         In the second case the long one is rounded up such that a window can lie in the middle, where the
-        subject is; `USOPipeline.cut` takes the asked proportions from it.
+        subject is; `USOPipeline.fit` takes the asked proportions from it.
         """
         if side is None:
             drawn = round_to_tokens(width * scale), round_to_tokens(height * scale)
@@ -92,6 +93,26 @@ class Windows:
         parts = tokens * self.shares.to(tokens)
         picture = parts.new_zeros(int(self.index.max()) + 1, parts.shape[2])
         return picture.index_add_(0, self.index.flatten().to(parts.device), parts.flatten(0, 1))[None]
+
+
+def continue_edges(pixels: Tensor, *, width: int, height: int) -> Tensor:
+    """`(..., h, w)` in the middle of `height` x `width`; its edges, softened, fill the rest."""
+    return _continue_columns(_continue_columns(pixels, width).mT, height).mT
+
+
+def _continue_columns(pixels: Tensor, width: int) -> Tensor:
+    spare = width - pixels.shape[-1]
+    if spare <= 0:
+        return pixels
+    edges = torch.cat([pixels[..., :1], pixels[..., -1:]], dim=-1).mT  # (..., 2, h)
+    reach = pixels.shape[-2] // 8
+    soft = edges.reshape(1, -1, edges.shape[-1])
+    for _ in range(2):
+        soft = F.avg_pool1d(F.pad(soft, (reach, reach), mode="replicate"), 2 * reach + 1, stride=1)
+    before, after = soft.view(edges.shape).mT.split(1, dim=-1)  # (..., h, 1) each
+    left = spare // 2
+    sides = before.expand(*before.shape[:-1], left), after.expand(*after.shape[:-1], spare - left)
+    return torch.cat([sides[0], pixels, sides[1]], dim=-1)
 
 
 def round_to_tokens(pixels: float) -> int:

@@ -30,7 +30,7 @@ from uso.images import OWN_SIZE_MAX, with_long_side
 from uso.model import devices
 from uso.model.geometry import unpack_latents
 from uso.model.modes import Footprint, MemoryMode, Picture
-from uso.model.tuning import compile_blocks, give_back, tune, uncompile_blocks
+from uso.model.tuning import compile_blocks, give_back, is_compiled, tune, uncompile_blocks
 from uso.serve.cost import Demand
 from uso.serve.staging import Staging
 from uso.serve.work import Drawn, Event, Phase, Progress, Sizes, Work
@@ -96,8 +96,8 @@ class Device:
         quantized = getattr(self.pipe.transformer, "quantization_config", None)
         dtype = str(self.pipe.transformer.dtype).removeprefix("torch.")
         weights = f"{quantized.weights_dtype} in {dtype}" if quantized else dtype
-        turbo = ", turbo" if self.turbo else ""
-        return f"{kind}, {torch.get_num_threads()} threads, {weights}, {self.memory}{turbo}"
+        more = ", turbo" if self.turbo else ", compiled" if is_compiled(self.pipe.transformer) else ""
+        return f"{kind}, {torch.get_num_threads()} threads, {weights}, {self.memory}{more}"
 
     def demand(self, work: Work, sizes: Sizes) -> Demand:
         """What a picture asks of the model; `work` need not hold the pictures that `sizes` tells of."""
@@ -337,9 +337,9 @@ class _Drawing:
         if (now := time.monotonic()) - self.previewed >= PREVIEW_SECONDS:
             self.previewed = now
             size = self.work.width, self.work.height
-            windows = pipe.windows(*size)
+            windows = pipe.windows(*size, content=self.work.content_image is not None)
             latent_image = unpack_latents(clean, width=windows.width, height=windows.height)[0]
-            preview = pipe.cut(latent_image, width=size[0], height=size[1]).float().cpu()
+            preview = pipe.fit(latent_image, width=size[0], height=size[1]).float().cpu()
         self.events.put(("drawing", self.step, preview))
         if kept or self.step == self.work.num_steps:
             self._enter("decoding")

@@ -50,7 +50,7 @@ INTENTS = (
         {
             "content_image": "sailboat.jpg",
             "style_image": "gradient-map.jpg",
-            "prompt": "a sailboat in front of mountains",
+            "prompt": "a sailboat",
         },
     ),
     Intent(
@@ -72,7 +72,7 @@ INTENTS = (
         "No pictures: the prompt alone.",
         {"content_image": None, "style_image": None, "extra_style_image": None, "keep_size": False},
         (("prompt",),),
-        {"prompt": "a cactus in a desert"},
+        {"prompt": "a cactus"},
     ),
 )
 
@@ -85,6 +85,5 @@ def thumbnail(intent: Intent) -> Image.Image:
         with Image.open(EXAMPLES / name) as picture:
             sheet.paste(picture.resize((160, 160)), (160 * column, 0))
     if not names:
-        prompt = intent.example["prompt"].replace(" in ", "\nin ")
-        ImageDraw.Draw(sheet).text((16, 40), prompt, fill="#44403c", font_size=24)
+        ImageDraw.Draw(sheet).text((16, 40), intent.example["prompt"], fill="#44403c", font_size=24)
     return sheet

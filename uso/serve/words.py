@@ -94,6 +94,7 @@ def about_model(model: str) -> str:
         text = (
             "nano is a tiny model of the same make, bundled so that everything runs on a laptop; it draws "
             "soft, simple pictures of a subject in a style, and from words alone a few simple things. "
+            "It draws no scenes, and recolours photographs more than it redraws them. "
             "For the full one, <code>python -m uso doctor --model flux-dev</code> "
             "says what is needed and where to accept its licence; then start with "
             "<code>python app.py --model flux-dev</code>."
