@@ -159,7 +159,7 @@ def test_a_mix_of_looks_is_learned_as_the_mean_of_both(cache: Path) -> None:
     for parameter in teacher.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
     rng = np.random.default_rng(0)
-    kinds = {train.draw_kind(rng, guided=True) for _ in range(200)}
+    kinds = {train.draw_kind(rng, guided=True) for _ in range(2000)}
     assert kinds == {*train.KINDS, "content + mixed styles"}
     batch = train.draw_batch(train.load_shards([], None), "content + mixed styles", rng, 2)
     assert batch.mixed
