@@ -360,10 +360,9 @@ def draw_grid(examples: dict[str, Examples], results: dict[str, np.ndarray], row
     """Rows of each set, two sets side by side: content, style, nano, truth, Magenta."""
     blocks = []
     for name, one in examples.items():
-        step = max(1, len(results[name]) // rows)
-        chosen = slice(0, rows * step, step)
+        chosen = np.linspace(0, len(results[name]) - 1, rows).astype(int)
         columns = [one.content, one.style, results[name], one.truth, one.magenta]
-        block = np.concatenate([column[chosen][:rows].reshape(-1, SIDE, 3) for column in columns], axis=1)
+        block = np.concatenate([column[chosen].reshape(-1, SIDE, 3) for column in columns], axis=1)
         blocks.append(np.pad(block, ((0, 16), (0, 16), (0, 0)), constant_values=255))
     return Image.fromarray(np.vstack([np.hstack(blocks[i : i + 2]) for i in range(0, len(blocks), 2)]))
 
