@@ -191,10 +191,10 @@ class Footprint:
         return self.text_tokens + picture.styles * self.style_tokens + windows.tokens + content
 
     def windows(self, picture: Picture) -> Windows:
-        shape = picture.width, picture.height
-        if self.native_side and not picture.content:  # as in `USOPipeline.windows`
-            shape = self.native_side, self.native_side
-        return Windows.over(*shape, scale=self.native_scale, side=self.native_side)
+        return Windows.over(
+            picture.width, picture.height, scale=self.native_scale, side=self.native_side,
+            content=bool(picture.content),
+        )  # fmt: skip
 
     def _most(self, memory: MemoryMode, beside: Mapping[str, int]) -> int:
         if memory == "full":

@@ -352,15 +352,9 @@ class USOPipeline(DiffusionPipeline, FluxLoraLoaderMixin):
             raise ValueError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
 
     def windows(self, width: int, height: int, *, content: bool) -> Windows:
-        """What is drawn for an asked `width` x `height`, and in which windows the model sees it.
-
-        Without a content picture a model of one square draws one: in each of several it would draw all that
-        the prompt tells.
-        """
-        side = self.config.native_side
-        if side and not content:
-            width = height = side
-        return Windows.over(width, height, scale=self.config.native_scale, side=side)
+        """What is drawn for an asked `width` x `height`, and in which windows the model sees it."""
+        scale, side = self.config.native_scale, self.config.native_side
+        return Windows.over(width, height, scale=scale, side=side, content=content)
 
     def fit(self, pixels: Tensor, *, width: int, height: int) -> Tensor:
         """What was drawn, `(..., h, w)`, in the proportions of `width` x `height`: the middle of what is

@@ -29,15 +29,20 @@ class Windows:
     window: tuple[int, int]
 
     @classmethod
-    def over(cls, width: int, height: int, *, scale: float, side: int | None) -> "Windows":
+    def over(
+        cls, width: int, height: int, *, scale: float, side: int | None, content: bool = True
+    ) -> "Windows":
         """For an asked `width` x `height`: `scale` of it, in multiples of 16, or with the short side `side`.
 
         In the second case the long one is rounded up such that a window can lie in the middle, where the
-        subject is; `USOPipeline.fit` takes the asked proportions from it.
+        subject is; `USOPipeline.fit` takes the asked proportions from it. Without a `content` picture it is
+        one square: in each of several the model would draw all that the prompt tells.
         """
         if side is None:
             drawn = round_to_tokens(width * scale), round_to_tokens(height * scale)
             return cls(*drawn, window=drawn)
+        if not content:
+            return cls(side, side, window=(side, side))
         short, pair = min(width, height), 2 * PIXELS_PER_TOKEN
         width, height = (
             side + math.ceil((asked - short) * side / (short * pair)) * pair for asked in (width, height)
