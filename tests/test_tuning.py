@@ -97,12 +97,19 @@ def test_compiled_blocks_have_one_set_of_graphs_for_all_pictures(
     assert counter.frame_count == graphs
 
 
+def pretend(monkeypatch: pytest.MonkeyPatch, *, avx512: bool = True, amd: bool = True) -> None:
+    """To have this processor, as far as the choice of products goes."""
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("a torch without oneDNN")
+    monkeypatch.setattr(onednn, "has_avx512", lambda: avx512)
+    monkeypatch.setattr(onednn, "made_by_amd", lambda: amd)
+
+
 @pytest.fixture
 def by_onednn(pipe: USOPipeline, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The transformer as a CPU has it, its products by oneDNN though they are small."""
-    if not torch.backends.mkldnn.is_available():
-        pytest.skip("a torch without oneDNN")
     monkeypatch.setattr(onednn, "WIDTH", 1)
+    pretend(monkeypatch)
     tuning.tune(pipe.transformer, torch.device("cpu"))
     return pipe.transformer
 
@@ -115,13 +122,34 @@ def products(pipe: USOPipeline) -> Counter[str]:
     return Counter({event.key: event.count for event in profile.key_averages() if event.key in kinds})
 
 
-def test_small_products_are_left_to_torch_but_for_those_before_gelu(pipe: USOPipeline) -> None:
-    if not torch.backends.mkldnn.is_available():
-        pytest.skip("a torch without oneDNN")
+@pytest.mark.parametrize(
+    ("width", "avx512", "amd"), [(256, True, True), (1, True, False), (1, False, True)], ids=str
+)
+def test_products_are_left_to_torch_but_for_those_before_gelu(
+    pipe: USOPipeline, monkeypatch: pytest.MonkeyPatch, width: int, avx512: bool, amd: bool
+) -> None:
+    """Small ones, all on Intel's processors; on one without AVX-512 also those."""
+    monkeypatch.setattr(onednn, "WIDTH", width)
+    pretend(monkeypatch, avx512=avx512, amd=amd)
     tuning.tune(pipe.transformer, torch.device("cpu"))
     counts, config = products(pipe), pipe.transformer.config
-    assert counts["mkldnn::_linear_pointwise"] == 2 * config.num_layers + config.num_single_layers
+    before_gelu = 2 * config.num_layers + config.num_single_layers
+    assert counts["mkldnn::_linear_pointwise"] == (before_gelu if avx512 else 0)
     assert counts["aten::addmm"]
+
+
+@pytest.mark.parametrize(
+    ("vendor", "avx512", "amd"), [("AuthenticAMD", True, True), ("GenuineIntel", False, False)]
+)
+def test_the_processor_is_told_by_its_vendor_and_by_what_torch_uses_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vendor: str, avx512: bool, amd: bool
+) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"vendor_id\t: {vendor}\n")
+    monkeypatch.setattr(onednn, "CPUINFO", cpuinfo)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512" if avx512 else "AVX2")
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    assert (onednn.has_avx512(), onednn.made_by_amd()) == (avx512, amd)
 
 
 @pytest.mark.parametrize("fused", [False, True])

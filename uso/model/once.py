@@ -95,15 +95,17 @@ def modulations(
     """
     device = pooled_projections.device
     parts: Any = transformer.time_text_embed
-    constant = {parts.text_embedder: lend(parts.text_embedder, device)(pooled_projections)}
-    scaled_guidance: tuple[Tensor, ...] = ()
+
+    def embedder(module: nn.Module) -> Callable[[Tensor], Tensor]:
+        embed = lend(module, device)  # of 1000 times what is given, as in the transformer's forward
+        return lambda value: embed(parts.time_proj(value * 1000).to(pooled_projections.dtype))
+
+    embeddings = [*map(embedder(parts.timestep_embedder), sigmas)]
     if guidance is not None:
-        scaled_guidance = (guidance * 1000,)  # as in the transformer's forward
-        projected = parts.time_proj(*scaled_guidance).to(pooled_projections.dtype)
-        constant[parts.guidance_embedder] = lend(parts.guidance_embedder, device)(projected)
-    embed = lend(parts, device)
-    with giving(constant):
-        embeddings = [embed(sigma * 1000, *scaled_guidance, pooled_projections) for sigma in sigmas]
+        guidance_embedding = embedder(parts.guidance_embedder)(guidance)
+        embeddings = [embedding + guidance_embedding for embedding in embeddings]
+    text_embedding = lend(parts.text_embedder, device)(pooled_projections)
+    embeddings = [embedding + text_embedding for embedding in embeddings]
     activated = [nn.functional.silu(embedding) for embedding in embeddings]
     columns = [torch.cat(embeddings)]
     for layer in modulation_layers(transformer):

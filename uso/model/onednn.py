@@ -1,8 +1,11 @@
-"""A transformer's float32 products by oneDNN, on the same weights; torch leaves them to MKL, slower on AMD.
+"""A transformer's float32 products by oneDNN, on the same weights, where torch's own are slower.
 
-Compiled blocks, and gradients, keep torch's own.
+Torch's are MKL's. With AVX2 both are at the processor's rate. With AVX-512 oneDNN makes GELU at once with the
+product before it; and MKL has AVX-512 on Intel's processors only. Compiled blocks, and gradients, keep MKL's.
 """
 
+import platform
+from pathlib import Path
 from types import MethodType
 
 import torch
@@ -14,20 +17,31 @@ from torch import Tensor, nn
 
 # a layer of fewer inputs or outputs is no faster, unless GELU follows
 WIDTH = 256
+CPUINFO = Path("/proc/cpuinfo")  # Linux's; elsewhere the processor's name has its vendor
 
 
 def use_onednn(transformer: FluxTransformer2DModel) -> None:
-    """Have its large layers, and those before GELU, computed by oneDNN, the latter together with it."""
-    if not torch.backends.mkldnn.is_available():
+    """Have the layers that it is faster at computed by oneDNN: those before GELU, together with it, and on
+    AMD's processors the other large ones."""
+    if not has_avx512():
         return
+    large = made_by_amd()
     for module in transformer.modules():
-        if type(module) is nn.Linear and min(module.weight.shape) >= WIDTH:
+        if large and type(module) is nn.Linear and min(module.weight.shape) >= WIDTH:
             _take(module)
         elif type(module) is FluxSingleTransformerBlock:
             _take(module.proj_mlp)
         elif type(module) is GELU and module.approximate == "tanh":
             _take(module.proj)
             module.forward = MethodType(_gelu, module)
+
+
+def has_avx512() -> bool:
+    return torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+def made_by_amd() -> bool:
+    return "AuthenticAMD" in (CPUINFO.read_text() if CPUINFO.exists() else platform.processor())
 
 
 def _take(layer: nn.Module) -> None:

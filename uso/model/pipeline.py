@@ -27,10 +27,10 @@ from uso.model.geometry import (
     schedule_mu,
     unpack_latents,
 )
+from uso.model.lean_blocks import lean_blocks
 from uso.model.modes import modulation_layers
 from uso.model.once import ConditioningCache, modulations, precomputed, share_position_bias, walk
 from uso.model.scheduler import USOFlowMatchEulerScheduler
-from uso.model.single_blocks import lean_single_blocks
 from uso.model.style_projector import StyleProjector
 from uso.model.tuning import fuse_qkv, split_qkv
 from uso.model.windows import Windows, continue_edges, round_to_tokens
@@ -245,7 +245,7 @@ class USOPipeline(DiffusionPipeline, FluxLoraLoaderMixin):
                     style_tokens=style_tokens,
                     ids=torch.cat([txt_ids, img_ids]),
                 ) as at_step,
-                lean_single_blocks(self.transformer, windows.split(latents)),
+                lean_blocks(self.transformer, windows.split(latents)),
                 self.progress_bar(total=num_inference_steps) as progress_bar,
             ):
                 for i, t in enumerate(self.scheduler.timesteps):

@@ -1,4 +1,4 @@
-"""The transformer's single blocks with less work.
+"""The transformer's blocks with less work.
 
 What becomes of text, style and content tokens in the last one is dropped right after, in diffusers' code as
 in the official one: here they are keys and values alone, and only the picture's come out. On a CPU the others
@@ -11,26 +11,32 @@ from types import MethodType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers import FluxTransformer2DModel
 from diffusers.models.attention_dispatch import dispatch_attention_fn
-from diffusers.models.transformers.transformer_flux import FluxAttnProcessor, FluxSingleTransformerBlock
-from torch import Tensor
+from diffusers.models.transformers.transformer_flux import (
+    FluxAttnProcessor,
+    FluxSingleTransformerBlock,
+    FluxTransformerBlock,
+)
+from torch import Tensor, nn
 
 from uso.model.attention import CPUAttnProcessor, rotate
 from uso.model.onednn import linear_gelu
 
 
 @contextmanager
-def lean_single_blocks(transformer: FluxTransformer2DModel, latents: Tensor) -> Iterator[None]:
+def lean_blocks(transformer: FluxTransformer2DModel, latents: Tensor) -> Iterator[None]:
     """Within it the last block gives the first N tokens of its image stream; `latents` is `(B, N, 64)`.
 
-    A block that something else has changed (a step cache, streamed weights, another attention) is left alone.
+    To be entered within `precomputed`, by which one row modulates all tokens. A block that something else has
+    changed (a step cache, streamed weights, another attention) is left alone.
     """
     *others, last = transformer.single_transformer_blocks
     forwards: dict[Any, Any] = {}
-    for block in others:
+    for block in (*transformer.transformer_blocks, *others):
         if _unchanged(block, CPUAttnProcessor) and block._compiled_call_impl is None:
-            forwards[block] = _forward
+            forwards[block] = _forward_double if type(block) is FluxTransformerBlock else _forward
     if _unchanged(last, FluxAttnProcessor, CPUAttnProcessor):
         last.latents = latents  # a number would be a constant of a compiled block
         forwards[last] = _forward_last
@@ -45,8 +51,44 @@ def lean_single_blocks(transformer: FluxTransformer2DModel, latents: Tensor) -> 
 
 
 def _unchanged(block: Any, *processors: type) -> bool:
-    diffusers = getattr(block.forward, "__func__", None) is FluxSingleTransformerBlock.forward
+    forward = getattr(block.forward, "__func__", None)
+    diffusers = forward in (FluxTransformerBlock.forward, FluxSingleTransformerBlock.forward)
     return diffusers and type(block.attn.processor) in processors
+
+
+def _forward_double(
+    block: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    temb: Tensor,
+    image_rotary_emb: tuple[Tensor, Tensor],
+    joint_attention_kwargs: dict[str, Any] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """diffusers' `FluxTransformerBlock.forward`, with fewer passes over the tokens."""
+    normed, *rest = _modulate(block.norm1, hidden_states, temb)
+    normed_text, *rest_of_text = _modulate(block.norm1_context, encoder_hidden_states, temb)
+    attended, attended_text = block.attn(
+        hidden_states=normed, encoder_hidden_states=normed_text, image_rotary_emb=image_rotary_emb
+    )
+
+    def finish(tokens: Tensor, attended: Tensor, norm: Any, feed_forward: Any, rest: list[Tensor]) -> Tensor:
+        gate, shift, scale, gate_mlp = rest
+        tokens = torch.addcmul(tokens, gate, attended)
+        return torch.addcmul(tokens, gate_mlp, feed_forward(_scale_and_shift(norm, tokens, scale, shift)))
+
+    text = finish(encoder_hidden_states, attended_text, block.norm2_context, block.ff_context, rest_of_text)
+    return text, finish(hidden_states, attended, block.norm2, block.ff, rest)
+
+
+def _modulate(norm: Any, tokens: Tensor, temb: Tensor) -> tuple[Tensor, ...]:
+    """What an `AdaLayerNormZero` or `AdaLayerNormZeroSingle` gives: `tokens`, then rows `(1, hidden)`."""
+    row = norm.linear(temb)  # precomputed
+    shift, scale, *rest = row.chunk(row.shape[1] // tokens.shape[2], dim=1)
+    return _scale_and_shift(norm.norm, tokens, scale, shift), *rest
+
+
+def _scale_and_shift(norm: nn.LayerNorm, tokens: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    return F.layer_norm(tokens, norm.normalized_shape, 1 + scale[0], shift[0], norm.eps)
 
 
 def _forward(
@@ -60,9 +102,9 @@ def _forward(
     """diffusers' `FluxSingleTransformerBlock.forward`, with fewer passes over the tokens."""
     text = encoder_hidden_states.shape[1]
     tokens = torch.cat([encoder_hidden_states, hidden_states], dim=1)  # (B, T + N, hidden)
-    normed, gate = block.norm(tokens, emb=temb)
+    normed, gate = _modulate(block.norm, tokens, temb)
     attended = block.attn(hidden_states=normed, image_rotary_emb=image_rotary_emb)
-    output = _project(block, attended, normed).mul_(gate.unsqueeze(1)) + tokens
+    output = torch.addcmul(tokens, gate, _project(block, attended, normed))
     return output[:, :text], output[:, text:]
 
 
@@ -83,7 +125,7 @@ def _forward_last(
     """`_forward` with queries, MLP and output of some tokens."""
     attention, text, count = block.attn, encoder_hidden_states.shape[1], block.latents.shape[1]
     tokens = torch.cat([encoder_hidden_states, hidden_states], dim=1)  # (B, T + N + content, hidden)
-    normed, gate = block.norm(tokens, emb=temb)
+    normed, gate = _modulate(block.norm, tokens, temb)
     # `narrow`, not slices: these may end where the tokens do or before, which would be two graphs
     picture = normed.narrow(1, text, count)  # (B, N, hidden)
     if attention.fused_projections:
@@ -98,5 +140,5 @@ def _forward_last(
     key = rotate(attention.norm_k(key), image_rotary_emb)
     backend = attention.processor._attention_backend
     attended = dispatch_attention_fn(query, key, value, backend=backend).flatten(2, 3)  # (B, N, hidden)
-    output = _project(block, attended, picture).mul_(gate.unsqueeze(1))
-    return encoder_hidden_states, output + hidden_states.narrow(1, 0, count)
+    output = _project(block, attended, picture)
+    return encoder_hidden_states, torch.addcmul(hidden_states.narrow(1, 0, count), gate, output)

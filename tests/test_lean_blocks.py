@@ -28,7 +28,7 @@ def last_block(pipe: USOPipeline) -> Any:
 
 def whole(pipe: USOPipeline, **arguments: Any) -> Tensor:
     """As diffusers computes it."""
-    with mock.patch.object(pipeline, "lean_single_blocks", mock.MagicMock()):
+    with mock.patch.object(pipeline, "lean_blocks", mock.MagicMock()):
         return draw(pipe, **arguments)
 
 
@@ -44,11 +44,12 @@ def test_the_picture_is_the_same(pipe: USOPipeline, arguments: dict[str, Any], f
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_the_other_blocks_are_diffusers_own_bit_for_bit(pipe: USOPipeline, fused: bool) -> None:
+@pytest.mark.parametrize("kind", ["transformer_blocks", "single_transformer_blocks"])
+def test_the_other_blocks_give_what_diffusers_own_do(pipe: USOPipeline, kind: str, fused: bool) -> None:
     pipe.transformer.set_attn_processor(CPUAttnProcessor())
     if fused:
         pipe.fuse_qkv_projections()
-    block: Any = pipe.transformer.single_transformer_blocks[0]
+    block: Any = getattr(pipe.transformer, kind)[0]
     seen: list[Any] = []
 
     def keep(block: Any, args: Any, kwargs: Any, output: Any) -> None:
@@ -60,7 +61,8 @@ def test_the_other_blocks_are_diffusers_own_bit_for_bit(pipe: USOPipeline, fused
     with torch.inference_mode():
         expected = block(*args, **kwargs)
     assert forward is not type(block).forward
-    assert all(map(torch.equal, output, expected))
+    for given, of_diffusers in zip(output, expected, strict=True):
+        torch.testing.assert_close(given, of_diffusers, rtol=1e-5, atol=1e-5)
 
 
 def test_only_the_pictures_tokens_go_through_its_mlp(pipe: USOPipeline) -> None:
@@ -72,7 +74,7 @@ def test_only_the_pictures_tokens_go_through_its_mlp(pipe: USOPipeline) -> None:
 
 def test_nothing_stays_behind(pipe: USOPipeline) -> None:
     pipe.transformer.set_attn_processor(CPUAttnProcessor())
-    blocks = list(pipe.transformer.single_transformer_blocks)
+    blocks = [*pipe.transformer.transformer_blocks, *pipe.transformer.single_transformer_blocks]
     before = [set(vars(block)) for block in blocks]
 
     def fail(*_: Any) -> None:
