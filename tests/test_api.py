@@ -710,6 +710,12 @@ def test_origins_are_as_set_and_never_with_cookies(server: Server) -> None:
     assert httpx.get(f"{server.url}/healthz", headers={"Host": "evil.example"}).status_code == 400
 
 
+def test_behind_a_proxy_addresses_are_the_outer_ones(server: Server) -> None:
+    outer = {"X-Forwarded-Host": "pictures.example, inner.example", "X-Forwarded-Proto": "https"}
+    answer = httpx.get(f"{server.url}/tasks/none", headers=outer)
+    assert answer.json()["type"].startswith("https://pictures.example/errors/")
+
+
 def test_the_page_fetches_no_urls(
     server: Server, foreign: tuple[str, list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

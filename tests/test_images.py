@@ -9,14 +9,13 @@ import struct
 import zlib
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
 from uso.errors import ImageError
-from uso.images import MAX_BYTES, MAX_PIXELS, fit_into, open_image, prepare_content, to_rgb
+from uso.images import MAX_BYTES, MAX_PIXELS, open_image, prepare_content, to_rgb
 
 GOLDENS = Path(os.environ.get("USO_GOLDENS", Path(__file__).parent / "goldens"))
 SIDE = 16
@@ -402,13 +401,3 @@ def test_prepared_sizes(width, height, long_size):
     assert all(side % 16 == 0 and side >= 16 for side in prepared.size)
     assert max(prepared.size) == long // 16 * 16
     assert min(prepared.size) > min(width, height) * long / max(width, height) - 17
-
-
-def test_what_surrounds_a_fitted_picture_has_no_stripes() -> None:
-    stripes = np.zeros((64, 64, 3), np.uint8)
-    stripes[:, ::4] = 255
-    fitted = np.asarray(fit_into(Image.fromarray(stripes), shape=(64, 192), size=(64, 192))).astype(int)
-    assert (fitted[64:128] == stripes).all()
-    for around in (fitted[:64], fitted[128:]):
-        assert np.abs(np.diff(around, axis=1)).max() < 20
-        assert np.abs(around[:, 16:-16] - stripes.mean()).max() < 15

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tests.parity import GOLDENS, load, picture
 from uso.errors import Cancelled, ImageError
-from uso.images import fit_into, to_rgb
+from uso.images import to_rgb
 from uso.model.pipeline import USOPipeline
 
 CONTENT, STYLE, SECOND_STYLE = picture("land"), picture("styleA"), picture("styleB")
@@ -310,7 +310,8 @@ def test_native_side_draws_a_square_and_other_shapes_in_windows(pipe: USOPipelin
     assert torch.equal(pipe.fit(grid, width=128, height=160), grid[:, 1:11])
     framed = Image.new("RGB", (100, 100), "red")
     framed.paste("blue", (10, 10, 90, 90))
-    fitted = fit_into(framed, shape=(160, 64), size=(192, 64))  # whole, in the middle: 64x64
+    pixels = pipe.fit_content(framed, 128, (176, 64))  # whole, in the middle: 64x64 of 192x64
+    fitted = pipe.image_processor.postprocess(pixels)[0]
     assert fitted.size == (192, 64)
     assert fitted.getchannel("B").point(lambda value: 255 * (value > 127)).getbbox() == (70, 6, 122, 58)
     assert {fitted.getpixel(corner) for corner in ((0, 0), (191, 0), (0, 63), (191, 63))} == {(255, 0, 0)}

@@ -47,7 +47,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(ablate, "FOLDER", tmp_path)
     looks = [{"id": i, "family": "halftone", "words": "halftone, navy and cream"} for i in range(2)]
     for i, split in enumerate(("train", "named")):
-        shard = tmp_path / "pool" / f"{split}-0000-128x128"
+        shard = tmp_path / "pool" / f"{split}-0000"
         shard.mkdir(parents=True)
         pictures = np.random.default_rng(i).integers(0, 256, (2, 2 * PICTURES, 128, 128, 3), np.uint8)
         np.save(shard / "content.npy", pictures[0])
@@ -66,7 +66,7 @@ def test_every_step_from_pool_to_picture(cache: Path) -> None:
     vae.train(ONE_STEP, 4, 1e-3, vae.CHECKPOINT, 0)
     latents.encode_pool()
     latents.write_scale()
-    encoded = np.load(cache / "latents" / "train-0000-128x128" / "target.npy")
+    encoded = np.load(cache / "latents" / "train-0000" / "target.npy")
     assert encoded.shape == (2 * PICTURES, 16, 16, 16)
     text.build_tokenizers(train.TOKENIZERS)
     minutes = ONE_STEP
@@ -309,7 +309,7 @@ def test_a_batch_is_learned_where_the_model_is(cache: Path) -> None:
 @pytest.mark.gpu
 def test_trains_on_a_gpu(tmp_path: Path) -> None:
     """Two steps of the reward by `launch`, as every training starts: NCCL, Muon, checkpoint."""
-    folder = tmp_path / "latents" / "train-0000-128x128"
+    folder = tmp_path / "latents" / "train-0000"
     folder.mkdir(parents=True)
     (tmp_path / "latents" / "scale.json").write_text('{"shift_factor": 0, "scaling_factor": 1}')
     np.save(folder / "target.npy", np.random.default_rng(0).normal(size=(2 * PICTURES, 16, 16, 16)))

@@ -125,6 +125,7 @@ def subjects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     (tmp_path / "pictures.bin").write_bytes(encoded)
     (tmp_path / "pictures.json").write_text(json.dumps([[name, "set", 0, len(encoded)] for name in names]))
     monkeypatch.setattr(pool, "POOL", tmp_path)
+    monkeypatch.setattr(pool, "SIDE", 32)
     monkeypatch.setattr(pool, "Pictures", lambda: data.Pictures(tmp_path))
     photo = np.random.default_rng(0).integers(0, 255, (90, 120, 3), np.uint8)
     monkeypatch.setattr(pool, "photos", lambda: {"cat photo": photo, "temple photo": photo})
@@ -132,11 +133,11 @@ def subjects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_a_shard_holds_aligned_pairs_and_is_made_once(tmp_path: Path, subjects: list[str]) -> None:
-    job = ("train", 4, 48, 64, 2, subjects)
+    job = ("train", 4, 2, subjects)
     assert pool.make_shard(job) == 2
-    folder = tmp_path / "train-0004-48x64"
+    folder = tmp_path / "train-0004"
     content, target = np.load(folder / "content.npy"), np.load(folder / "target.npy")
-    assert content.shape == target.shape == (2 * pool.PICTURES, 48, 64, 3)
+    assert content.shape == target.shape == (2 * pool.PICTURES, 32, 32, 3)
     assert not np.array_equal(content, target)
     records = json.loads((folder / "looks.json").read_text())
     look = np.load(folder / "look.npy")
@@ -153,8 +154,8 @@ def test_a_shard_holds_aligned_pairs_and_is_made_once(tmp_path: Path, subjects: 
 def test_the_pool_never_trains_on_what_is_held_out(
     tmp_path: Path, subjects: list[str], split: str, unseen: bool
 ) -> None:
-    pool.make_shard((split, 0, 32, 32, 6, subjects))
-    folder = tmp_path / f"{split}-0000-32x32"
+    pool.make_shard((split, 0, 6, subjects))
+    folder = tmp_path / f"{split}-0000"
     rows = np.load(folder / "subject.npy")
     assert {data.held_out(subjects[row]) for row in rows} == {unseen}
     families = {record["family"] for record in json.loads((folder / "looks.json").read_text())}
@@ -173,11 +174,11 @@ def test_a_name_stands_for_one_drawing(
     blank = [[name, "another set", start, len(encoded)] for name in subjects[:40]]
     flat = [[name, pool.NAMED_BY, *span] for name, _, *span in index]
     (tmp_path / "pictures.json").write_text(json.dumps([*blank, *flat]))
-    pool.make_shard(("named", 0, 64, 64, 2, subjects))
-    content = np.load(tmp_path / "named-0000-64x64" / "content.npy")
+    pool.make_shard(("named", 0, 2, subjects))
+    content = np.load(tmp_path / "named-0000" / "content.npy")
     assert (content == content[0]).all()
     assert pool.contrast(content[0]) > pool.BLANK
-    rows = np.load(tmp_path / "named-0000-64x64" / "subject.npy")
+    rows = np.load(tmp_path / "named-0000" / "subject.npy")
     assert not any(data.held_out(subjects[row]) for row in rows)
 
 
@@ -185,7 +186,7 @@ def test_a_held_out_look_is_drawn_again(subjects: list[str], monkeypatch: pytest
     contents = pool.Contents(subjects, unseen=False)
     first = looks.draw_look(np.random.default_rng(7), "poster")
     monkeypatch.setitem(data.HELD_OUT, "looks", [first.name])
-    _, words, _ = pool.draw_set(np.random.default_rng(7), contents, "poster", 32, 32)
+    _, words, _ = pool.draw_set(np.random.default_rng(7), contents, "poster")
     assert words != first.words
 
 
@@ -200,9 +201,8 @@ def test_the_evaluated_looks_are_not_in_the_pool() -> None:
 
 
 def test_paintings(tmp_path: Path, subjects: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(painterly, "SIDE", 32)
     painterly.make_shard(("train", painterly.FIRST_SHARD, 1, subjects))
-    folder = tmp_path / "train-5000-32x32"
+    folder = tmp_path / "train-5000"
     target = np.load(folder / "target.npy")
     assert target.shape == (pool.PICTURES, 32, 32, 3)
     assert all(map(pool.contrast, target))
@@ -231,8 +231,8 @@ def test_hues_turn_around_grey() -> None:
 
 def test_placing_keeps_the_picture_and_clears_the_rest() -> None:
     rng = np.random.default_rng(1)
-    placed = pool.place(rng, drawing(256), 64, 96)
-    assert placed.shape == (64, 96, 4)
+    placed = pool.place(rng, drawing(256))
+    assert placed.shape == (128, 128, 4)
     assert placed[..., 3].max() == 255
     assert (placed[..., 3] == 0).mean() > 0.3
     # no dark fringe from see-through pixels: half covered pixels keep the disc's colour

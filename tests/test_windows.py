@@ -64,3 +64,12 @@ def test_edges_are_continued_on_both_sides() -> None:
     both = continue_edges(picture, width=8, height=20)
     assert torch.equal(both[:, 2:18], picture)
     assert torch.equal(continue_edges(picture, width=8, height=16), picture)
+
+
+def test_continued_edges_have_no_stripes() -> None:
+    stripes = torch.zeros(64, 64)
+    stripes[:, ::4] = 1
+    tall = continue_edges(stripes, width=64, height=192)
+    for around in (tall[:64], tall[128:]):
+        assert around.diff(dim=1).abs().max() < 0.08
+        assert (around[:, 16:-16] - stripes.mean()).abs().max() < 0.06

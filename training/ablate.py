@@ -30,7 +30,7 @@ from training.judges import load_judges
 from training.latents import LATENTS, encode_pictures, unit_normal
 from training.loop import autocast, averaged_weights, launch
 from training.models import NANO, build_style_path
-from training.pool import PICTURES, POOL
+from training.pool import PICTURES, POOL, SIDE
 from training.style import train as align
 from training.train import (
     SLIDER,
@@ -48,7 +48,6 @@ from uso.model.scheduler import USOFlowMatchEulerScheduler
 
 FOLDER = CACHE / "ablation"
 STYLE_CHECKPOINT = FOLDER / "style.pt"
-SIDE = 128
 UNSEEN = 96  # pictures whose velocity is measured
 SIGMA = 0.95
 
@@ -160,7 +159,7 @@ def measure(name: str) -> dict[str, float]:
     def encode(pictures: np.ndarray) -> Tensor:
         return unit_normal(encode_pictures(vae, pictures))
 
-    unseen = POOL / "looks-0000-128x128"
+    unseen = POOL / "looks-0000"
     rows = PICTURES * np.arange(UNSEEN)
     content, target = (np.load(unseen / f"{kind}.npy", mmap_mode="r")[rows] for kind in ("content", "target"))
     styles = np.load(unseen / "target.npy", mmap_mode="r")[rows + 1]

@@ -41,12 +41,11 @@ from training.data import CACHE, HELD_OUT, TEXTURE_PHOTOS, Pictures, photos
 from training.judges import JUDGES, Judge, found, load_judges, load_pool
 from training.looks import FAMILIES, HELD_OUT_FAMILIES, apply, draw_look
 from training.models import NANO
-from training.pool import BLANK, Contents, contrast, random_crop
+from training.pool import BLANK, SIDE, Contents, contrast, random_crop
 from uso.model.pipeline import USOPipeline
 
 EXAMPLES = CACHE / "evaluation"
 SEED = 31_415  # of its looks and pictures: not that of the pool or of the judges
-SIDE = 128
 GALLERY = 360
 OTHERS = 4
 SETS = {"looks": 120, "families": 120, "paintings": 60, "photographs": 24}  # pictures
@@ -123,13 +122,13 @@ def draw_set(name: str) -> dict[str, np.ndarray]:
                 if name != "families" and look.name not in HELD_OUT["looks"]:
                     raise ValueError(f"the look {look.name!r} is not in held_out.json: add it")
             if name == "photographs":  # most of it, for a part may be bare sky; and its look told by drawings
-                crop = random_crop(rng, contents.photos[subject], SIDE, SIDE, least=0.7)
+                crop = random_crop(rng, contents.photos[subject], least=0.7)
                 drawings = [np.dstack([crop, np.full((SIDE, SIDE), 255, np.uint8)])]
                 names = rng.choice(contents.names, OTHERS + 1)
-                drawings += [contents.draw_subject(rng, other, SIDE, SIDE) for other in names]
+                drawings += [contents.draw_subject(rng, other) for other in names]
             else:
-                drawings = [contents.draw_subject(rng, subject, SIDE, SIDE)]
-                drawings += [contents.draw(rng, SIDE, SIDE)[1] for _ in range(OTHERS + 1)]
+                drawings = [contents.draw_subject(rng, subject)]
+                drawings += [contents.draw(rng)[1] for _ in range(OTHERS + 1)]
             grounds = [contents.ground(rng, rgba) for rgba in drawings]
             pictures = [(content, draw(seen, seed=int(rng.integers(2**31)))) for content, seen in grounds]
         rows.append((pictures[0][0], *(target for _, target in pictures)))
@@ -145,7 +144,7 @@ def distractors(count: int) -> np.ndarray:
     """Crops of the photographs that are not held out, uint8 (count, 128, 128, 3)."""
     rng = np.random.default_rng(SEED)
     seen = [photo for name, photo in sorted(photos().items()) if name not in HELD_OUT["photographs"]]
-    return np.stack([random_crop(rng, seen[i % len(seen)], SIDE, SIDE) for i in range(count)])
+    return np.stack([random_crop(rng, seen[i % len(seen)]) for i in range(count)])
 
 
 def load_set(name: str) -> dict[str, np.ndarray]:
@@ -165,7 +164,7 @@ def draw_named() -> dict[str, np.ndarray]:
     rng = np.random.default_rng((SEED, len(SETS)))
     known = [name for name in contents.names if len(contents.drawings[name]) > OTHERS]
     names = rng.permutation(known)[:GALLERY]
-    drawings = ((contents.draw_subject(rng, name, SIDE, SIDE) for _ in range(OTHERS + 1)) for name in names)
+    drawings = ((contents.draw_subject(rng, name) for _ in range(OTHERS + 1)) for name in names)
     plain = [[contents.ground(rng, drawing)[0] for drawing in row] for row in drawings]
     return {"names": names, "plain": np.array(plain)}
 

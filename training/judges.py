@@ -22,12 +22,11 @@ from tqdm import tqdm
 
 from training.data import CACHE
 from training.looks import FAMILIES, HELD_OUT_FAMILIES, apply, draw_look
-from training.pool import Contents, write_subjects
+from training.pool import SIDE, Contents, write_subjects
 from training.style import contrast_loss
 
 JUDGES = Path(__file__).parents[1] / "assets" / "judges"
 SEED = 77_003
-SIDE = 128
 LOOKS = 1600  # parametric; one in EVERY_PAINTED more is painted
 EVERY_PAINTED = 8
 PICTURES = 5  # a look
@@ -113,7 +112,7 @@ def _draw_looks(job: tuple[int, int, list[str]]) -> tuple[np.ndarray, np.ndarray
             draw = partial(apply, draw_look(rng, families[i % len(families)]))
         rows: list[tuple[np.ndarray, np.ndarray]] = []
         while len(rows) < PICTURES:
-            content, seen = contents.ground(rng, contents.draw(rng, SIDE, SIDE)[1])
+            content, seen = contents.ground(rng, contents.draw(rng)[1])
             rows.append((content, draw(seen, seed=int(rng.integers(2**31)))))
         looks.append(rows)
     pictures = np.array(looks)  # (L, PICTURES, 2, H, W, 3)

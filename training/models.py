@@ -16,9 +16,8 @@ from transformers import (
 from uso.model.style_projector import StyleProjector
 
 NANO = Path(__file__).parents[1] / "assets" / "nano"
-NATIVE_SIDE = (
-    128  # all pictures are squares of it: others need another way to find the content (README, "Next")
-)
+# all pictures are squares of it: others need another way to find the content (README, "Next")
+NATIVE_SIDE = 128
 NATIVE_SCALE = 0.25  # of the `content_long_size` asked for: 512 fills the square
 MAX_SEQUENCE_LENGTH = 24
 VOCABULARY = 1500

@@ -31,7 +31,6 @@ MANNERS = (
 )  # fmt: skip
 SUBJECT_LOST = {"woven block"}  # draws itself, whatever the picture
 FIRST_SHARD = 5000
-SIDE = 128
 SHARD = 50  # looks
 
 
@@ -114,13 +113,13 @@ def make_shard(job: tuple[str, int, int, list[str]]) -> int:
     def draw(_: int, rng: np.random.Generator) -> tuple[str, str, Rows]:
         while True:
             painting = draw_painting(rng, unseen=split == "paintings")
-            rows = draw_rows(rng, contents, partial(painter.draw, painting), SIDE, SIDE)
+            rows = draw_rows(rng, contents, partial(painter.draw, painting))
             if rows is not None:
                 pictures = np.stack([target for _, target, _ in rows])
                 main_manner = max(painting.weights, key=painting.weights.__getitem__)
                 return f"painting: {MANNERS[main_manner]}", words(painting, pictures), rows
 
-    write_shard(split, number, SIDE, SIDE, count, draw)
+    write_shard(split, number, count, draw)
     return count
 
 

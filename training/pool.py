@@ -1,11 +1,11 @@
 """The pool of training pictures: every look drawn on several subjects, beside the same pictures plain.
 
-`python -m training.pool` writes shards, each a folder `CACHE/pool/<split>-<number>-<height>x<width>/` with
+`python -m training.pool` writes shards, each a folder `CACHE/pool/<split>-<number>/` with
 
-    content.npy  uint8 (N, H, W, 3)  pictures, plain
-    target.npy   uint8 (N, H, W, 3)  the same pictures in a look
-    look.npy     int64 (N,)          id of the look
-    subject.npy  int64 (N,)          row of subjects.json
+    content.npy  uint8 (N, 128, 128, 3)  pictures, plain
+    target.npy   uint8 (N, 128, 128, 3)  the same pictures in a look
+    look.npy     int64 (N,)  id of the look
+    subject.npy  int64 (N,)  row of subjects.json
     looks.json   [{"id", "family", "words"}, ...]; a look's PICTURES rows are neighbours, in this order
 
 and `CACHE/pool/subjects.json`: [{"name", "held_out"}, ...]. A folder appears when it is complete. Splits:
@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from training.data import CACHE, HELD_OUT, TEXTURE_PHOTOS, Pictures, held_out, photos
 from training.looks import FAMILIES, HELD_OUT_FAMILIES, apply, draw_look, luma, plain
+from training.models import NATIVE_SIDE
 
 POOL = CACHE / "pool"
 SEED = 20_262
@@ -41,7 +42,7 @@ TRAINED = ("train", "named")  # the splits that training sees
 PICTURES = 8  # a look
 PHOTO_SHARE = 0.12
 BLANK = 9.0  # least standard deviation of lightness, in levels, of a picture that is not near-blank
-SIDE = 128  # of all pictures
+SIDE = NATIVE_SIDE
 SHARD = 100  # looks
 NAMED_BY = "twemoji"  # the set of the one drawing that stands for a name, if it has it: flat and simple
 NAMED_SHARE = 29 / 32  # of the picture's side, which it takes
@@ -61,19 +62,19 @@ class Contents:
         self.subject_photos = sorted(set(self.photos) - TEXTURE_PHOTOS)
         self.names = sorted(self.drawings)
 
-    def draw(self, rng: np.random.Generator, height: int, width: int) -> tuple[int, np.ndarray]:
-        """Row of a random subject and uint8 (height, width, 4)."""
+    def draw(self, rng: np.random.Generator) -> tuple[int, np.ndarray]:
+        """Row of a random subject and uint8 (SIDE, SIDE, 4)."""
         names = self.subject_photos if rng.random() < PHOTO_SHARE else self.names
         name = names[rng.integers(len(names))]
-        return self.rows[name], self.draw_subject(rng, name, height, width)
+        return self.rows[name], self.draw_subject(rng, name)
 
-    def draw_subject(self, rng: np.random.Generator, name: str, height: int, width: int) -> np.ndarray:
-        """One of the subject's drawings, or a crop of its photograph, uint8 (height, width, 4)."""
+    def draw_subject(self, rng: np.random.Generator, name: str) -> np.ndarray:
+        """One of the subject's drawings, or a crop of its photograph, uint8 (SIDE, SIDE, 4)."""
         if name in self.photos:
-            crop = random_crop(rng, self.photos[name], height, width)
-            return np.dstack([crop, np.full((height, width), 255, np.uint8)])
+            crop = random_crop(rng, self.photos[name])
+            return np.dstack([crop, np.full((SIDE, SIDE), 255, np.uint8)])
         drawings = self.drawings[name]
-        return place(rng, self.pictures.rgba(drawings[rng.integers(len(drawings))]), height, width)
+        return place(rng, self.pictures.rgba(drawings[rng.integers(len(drawings))]))
 
     def ground(self, rng: np.random.Generator, rgba: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The plain picture on some ground, and the picture as a look shall draw it.
@@ -83,23 +84,22 @@ class Contents:
         kind = rng.choice(
             ["white", "pale", "colour", "gradient", "noise", "photo"], p=[0.56, 0.12, 0.08, 0.11, 0.03, 0.1]
         )
-        height, width = rgba.shape[:2]
         if rgba[..., 3].min() == 255 or kind == "white":
             return plain(rgba, np.full(3, 255)), rgba
         busy = kind in ("noise", "photo")
         ends = rng.uniform(190 if kind == "pale" else 0, 255, (2, 3)).astype(np.float32)
         if kind == "photo":
             name = sorted(self.photos)[rng.integers(len(self.photos))]
-            ground = random_crop(rng, self.photos[name], height, width)
+            ground = random_crop(rng, self.photos[name])
         elif busy:
             cells = rng.integers(3, 24)
             spots = rng.random((cells, cells), np.float32)
-            noise = np.asarray(cv2.resize(spots, (width, height), interpolation=cv2.INTER_CUBIC))
+            noise = np.asarray(cv2.resize(spots, (SIDE, SIDE), interpolation=cv2.INTER_CUBIC))
             ground = np.clip(ends[0] + (ends[1] - ends[0]) * noise[..., None], 0, 255)
         elif kind == "gradient":
             angle = rng.uniform(0, 2 * np.pi)
-            y, x = np.mgrid[:height, :width]
-            along = np.cos(angle) * x / width + np.sin(angle) * y / height
+            y, x = np.mgrid[:SIDE, :SIDE]
+            along = np.cos(angle) * x + np.sin(angle) * y
             along = (along - along.min()) / np.ptp(along)
             ground = ends[0] + (ends[1] - ends[0]) * along[..., None]
         else:
@@ -114,7 +114,7 @@ class Contents:
         )
         if seen < 35:
             return plain(rgba, np.full(3, 255)), rgba
-        return content, np.dstack([content, np.full((height, width), 255, np.uint8)]) if busy else rgba
+        return content, np.dstack([content, np.full((SIDE, SIDE), 255, np.uint8)]) if busy else rgba
 
 
 class NamedContents(Contents):
@@ -125,57 +125,53 @@ class NamedContents(Contents):
         for drawings in self.drawings.values():
             drawings.sort(key=lambda i: self.pictures.sets[i] != NAMED_BY)
 
-    def draw(self, rng: np.random.Generator, height: int, width: int) -> tuple[int, np.ndarray]:
-        """Row of a random subject and uint8 (height, width, 4)."""
+    def draw(self, rng: np.random.Generator) -> tuple[int, np.ndarray]:
+        """Row of a random subject and uint8 (SIDE, SIDE, 4)."""
         name = self.names[rng.integers(len(self.names))]
         drawing = self.pictures.rgba(self.drawings[name][0])
-        side = round(min(height, width) * NAMED_SHARE)
-        return self.rows[name], put(drawing, side, (height - side) // 2, (width - side) // 2, height, width)
+        side = round(SIDE * NAMED_SHARE)
+        return self.rows[name], put(drawing, side, (SIDE - side) // 2, (SIDE - side) // 2)
 
     def ground(self, rng: np.random.Generator, rgba: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The plain picture on white, and the picture as a look shall draw it."""
         return plain(rgba, np.full(3, 255)), rgba
 
 
-def random_crop(
-    rng: np.random.Generator, photo: np.ndarray, height: int, width: int, *, least: float = 0.35
-) -> np.ndarray:
-    """A crop of between `least` and all of the photograph, maybe mirrored, uint8 (height, width, 3)."""
-    most = min(photo.shape[0] / height, photo.shape[1] / width)
-    scale = most * rng.uniform(least, 1.0)
-    high, wide = int(height * scale), int(width * scale)
-    top, left = rng.integers(photo.shape[0] - high + 1), rng.integers(photo.shape[1] - wide + 1)
+def random_crop(rng: np.random.Generator, photo: np.ndarray, *, least: float = 0.35) -> np.ndarray:
+    """A square of between `least` and all of the photograph, maybe mirrored, uint8 (SIDE, SIDE, 3)."""
+    scale = min(photo.shape[:2]) / SIDE * rng.uniform(least, 1.0)
+    side = int(SIDE * scale)
+    top, left = rng.integers(photo.shape[0] - side + 1), rng.integers(photo.shape[1] - side + 1)
     method = cv2.INTER_AREA if scale > 1 else cv2.INTER_LINEAR
     crop = cv2.resize(
-        np.ascontiguousarray(photo[top : top + high, left : left + wide]),
-        (width, height),
+        np.ascontiguousarray(photo[top : top + side, left : left + side]),
+        (SIDE, SIDE),
         interpolation=method,
     )
     return crop[:, ::-1] if rng.random() < 0.5 else crop
 
 
-def place(rng: np.random.Generator, rgba: np.ndarray, height: int, width: int) -> np.ndarray:
-    """A drawing scaled, shifted and maybe mirrored on an empty uint8 (height, width, 4)."""
-    side = round(min(height, width) * rng.uniform(0.68, 1.04))
+def place(rng: np.random.Generator, rgba: np.ndarray) -> np.ndarray:
+    """A drawing scaled, shifted and maybe mirrored on an empty uint8 (SIDE, SIDE, 4)."""
+    side = round(SIDE * rng.uniform(0.68, 1.04))
     if rng.random() < 0.5:
         rgba = rgba[:, ::-1]
     top, left = (
-        (length - side) // 2 + int(rng.uniform(-1, 1) * (abs(length - side) / 2 + 0.04 * side))
-        for length in (height, width)
+        (SIDE - side) // 2 + int(rng.uniform(-1, 1) * (abs(SIDE - side) / 2 + 0.04 * side)) for _ in range(2)
     )
-    return put(rgba, side, top, left, height, width)
+    return put(rgba, side, top, left)
 
 
-def put(rgba: np.ndarray, side: int, top: int, left: int, height: int, width: int) -> np.ndarray:
-    """A drawing of `side` pixels with its corner at (top, left) of an empty uint8 (height, width, 4)."""
+def put(rgba: np.ndarray, side: int, top: int, left: int) -> np.ndarray:
+    """A drawing of `side` pixels with its corner at (top, left) of an empty uint8 (SIDE, SIDE, 4)."""
     solid = rgba.astype(np.float32)
     solid[..., :3] *= solid[..., 3:] / 255  # premultiplied, or transparent pixels' colour would bleed in
     small = cv2.resize(
         solid, (side, side), interpolation=cv2.INTER_AREA if side <= rgba.shape[0] else cv2.INTER_LINEAR
     )
     small[..., :3] = np.clip(small[..., :3] * 255 / np.maximum(small[..., 3:], 1), 0, 255)
-    out = np.zeros((height, width, 4), np.uint8)
-    y0, x0, y1, x1 = max(top, 0), max(left, 0), min(top + side, height), min(left + side, width)
+    out = np.zeros((SIDE, SIDE, 4), np.uint8)
+    y0, x0, y1, x1 = max(top, 0), max(left, 0), min(top + side, SIDE), min(left + side, SIDE)
     out[y0:y1, x0:x1] = small[y0 - top : y1 - top, x0 - left : x1 - left] + 0.5
     return out
 
@@ -188,17 +184,15 @@ def contrast(picture: np.ndarray) -> float:
 Rows = list[tuple[np.ndarray, np.ndarray, int]]
 
 
-def draw_rows(
-    rng: np.random.Generator, contents: Contents, draw: Callable[..., np.ndarray], height: int, width: int
-) -> Rows | None:
+def draw_rows(rng: np.random.Generator, contents: Contents, draw: Callable[..., np.ndarray]) -> Rows | None:
     """PICTURES of (content, target, subject row), all of other subjects; None if near-blank.
 
-    `draw(rgba, seed=...)` draws a uint8 (H, W, 4) picture in the look.
+    `draw(rgba, seed=...)` draws a uint8 (SIDE, SIDE, 4) picture in the look.
     """
     rows: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     misses = 0
     while len(rows) < PICTURES:
-        row, rgba = contents.draw(rng, height, width)
+        row, rgba = contents.draw(rng)
         content, seen = contents.ground(rng, rgba)
         target = draw(seen, seed=int(rng.integers(2**31)))
         if contrast(content) < BLANK or contrast(target) < BLANK:
@@ -210,32 +204,25 @@ def draw_rows(
     return [(content, target, row) for row, (content, target) in rows.items()]
 
 
-def draw_set(
-    rng: np.random.Generator, contents: Contents, family: str, height: int, width: int
-) -> tuple[str, str, Rows]:
+def draw_set(rng: np.random.Generator, contents: Contents, family: str) -> tuple[str, str, Rows]:
     """A look's family, its words, and its rows."""
     while True:
         look = draw_look(rng, family)
-        rows = draw_rows(rng, contents, partial(apply, look), height, width)
+        rows = draw_rows(rng, contents, partial(apply, look))
         if rows is not None and look.name not in HELD_OUT["looks"]:
             return look.family, look.words, rows
 
 
 def write_shard(
-    split: str,
-    number: int,
-    height: int,
-    width: int,
-    count: int,
-    draw: Callable[[int, np.random.Generator], tuple[str, str, Rows]],
+    split: str, number: int, count: int, draw: Callable[[int, np.random.Generator], tuple[str, str, Rows]]
 ) -> None:
     """Write a shard of `count` looks unless it exists; `draw` gives family, words and rows of look i."""
-    folder = POOL / f"{split}-{number:04d}-{height}x{width}"
+    folder = POOL / f"{split}-{number:04d}"
     if folder.exists():
         return
     part = folder.with_name(f".{folder.name}.part")
     part.mkdir(parents=True, exist_ok=True)
-    shape = (count * PICTURES, height, width, 3)
+    shape = (count * PICTURES, SIDE, SIDE, 3)
     arrays = [
         np.lib.format.open_memmap(part / name, "w+", np.uint8, shape)
         for name in ("content.npy", "target.npy")
@@ -255,17 +242,17 @@ def write_shard(
     part.rename(folder)
 
 
-def make_shard(job: tuple[str, int, int, int, int, list[str]]) -> int:
+def make_shard(job: tuple[str, int, int, list[str]]) -> int:
     """Draw one shard of parametric looks unless it exists; the number of its looks."""
-    split, number, height, width, count, names = job
+    split, number, count, names = job
     cv2.setNumThreads(1)
     families = [name for name in FAMILIES if (name in HELD_OUT_FAMILIES) == (split == "families")]
     contents = NamedContents(names) if split == "named" else Contents(names, unseen=split != "train")
 
     def draw(i: int, rng: np.random.Generator) -> tuple[str, str, Rows]:
-        return draw_set(rng, contents, families[(number * 7 + i) % len(families)], height, width)
+        return draw_set(rng, contents, families[(number * 7 + i) % len(families)])
 
-    write_shard(split, number, height, width, count, draw)
+    write_shard(split, number, count, draw)
     return count
 
 
@@ -289,14 +276,14 @@ def main() -> None:
     args = parser.parse_args()
     names = write_subjects()
     jobs = [
-        (split, args.first + i, SIDE, SIDE, SHARD, names)
+        (split, args.first + i, SHARD, names)
         for split, looks in (("train", args.looks), ("named", args.named))
         for i in range(-(-looks // SHARD))
     ]
-    jobs[4:4] = [(split, 0, SIDE, SIDE, 120, names) for split in ("looks", "families")]
+    jobs[4:4] = [(split, 0, 120, names) for split in ("looks", "families")]
     with (
         multiprocessing.Pool(args.processes) as pool,
-        tqdm(total=sum(job[4] for job in jobs), unit="look") as bar,
+        tqdm(total=sum(job[2] for job in jobs), unit="look") as bar,
     ):
         for count in pool.imap_unordered(make_shard, jobs):
             bar.update(count)

@@ -82,7 +82,7 @@ def train(minutes: float, looks: int, lr: float, checkpoint: Path, seed: int) ->
     model = StylePath().to(device())
     run = Run(model, layers_by_muon(model, lr), lr=lr, minutes=minutes, checkpoint=checkpoint)
     rng = data_rng(seed, run.step)
-    shards = [np.load(path / "target.npy", mmap_mode="r") for path in sorted(POOL.glob("train-*-128x128"))]
+    shards = [np.load(path / "target.npy", mmap_mode="r") for path in sorted(POOL.glob("train-*"))]
     right: np.ndarray | None = None
     while run.progress < 1:
         pictures = shards[rng.integers(len(shards))]

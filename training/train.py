@@ -35,7 +35,6 @@ from training.loop import (
     training_options,
 )
 from training.models import (
-    NATIVE_SIDE,
     STYLE_SIZE,
     build_conditioning,
     build_transformer,
@@ -211,11 +210,9 @@ def _as_style(picture: np.ndarray) -> Tensor:
 
 
 def load_shards(known: list[Shard], reward: Reward | None, kind: type[Shard] = Shard) -> list[Shard]:
-    """The training shards that are encoded by now, of pictures of NATIVE_SIDE, beside those already known."""
+    """The training shards that are encoded by now, beside those already known."""
     subjects = [subject["name"] for subject in json.loads((POOL / "subjects.json").read_text())]
-    names = {
-        path.name for split in TRAINED for path in LATENTS.glob(f"{split}-*-{NATIVE_SIDE}x{NATIVE_SIDE}")
-    }
+    names = {path.name for split in TRAINED for path in LATENTS.glob(f"{split}-*")}
     return known + [kind(name, subjects, reward) for name in sorted(names - {shard.name for shard in known})]
 
 

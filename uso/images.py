@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import pillow_heif
-from PIL import ExifTags, Image, ImageCms, ImageFilter, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
 from uso.errors import ImageError
 
@@ -158,32 +158,6 @@ def _through_profile(image: Image.Image, icc: bytes) -> Image.Image:
         return converted or image
     except (OSError, ImageCms.PyCMSError):
         return image
-
-
-def fit_into(image: Image.Image, *, shape: tuple[int, int], size: tuple[int, int]) -> Image.Image:
-    """The whole picture in the middle of `size`, within the part of it that has the proportions of `shape`;
-    its edges fill the rest, softened, for a photograph's would be stripes. `shape` and `size` are
-    (width, height)."""
-    box = min(size[0] / shape[0], size[1] / shape[1])
-    scale = box * min(shape[0] / image.width, shape[1] / image.height)
-    fitted = image.resize(
-        (max(round(image.width * scale), 1), max(round(image.height * scale), 1)), Image.Resampling.LANCZOS
-    )
-    left, top = (size[0] - fitted.width) // 2, (size[1] - fitted.height) // 2
-    right, bottom = left + fitted.width, top + fitted.height
-    canvas = Image.new("RGB", size)
-    canvas.paste(fitted, (left, top))
-    for edge, bar in (  # rows first, then columns over the whole height
-        ((left, top, right, top + 1), (left, 0, right, top)),
-        ((left, bottom - 1, right, bottom), (left, bottom, right, size[1])),
-        ((left, 0, left + 1, size[1]), (0, 0, left, size[1])),
-        ((right - 1, 0, right, size[1]), (right, 0, size[0], size[1])),
-    ):
-        if bar[0] < bar[2] and bar[1] < bar[3]:
-            strip = canvas.crop(edge)
-            soft = strip.filter(ImageFilter.GaussianBlur(max(strip.size) / 8))
-            canvas.paste(soft.resize((bar[2] - bar[0], bar[3] - bar[1])), bar)
-    return canvas
 
 
 def with_long_side(size: tuple[int, int], long_side: int) -> tuple[int, int]:

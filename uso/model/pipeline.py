@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer, SiglipVisionModel, T5EncoderModel, T5TokenizerFast
 
-from uso.images import OWN_SIZE_MAX, fit_into, prepare_content, to_rgb
+from uso.images import OWN_SIZE_MAX, prepare_content, to_rgb
 from uso.model.geometry import (
     PIXELS_PER_TOKEN,
     pack_latents,
@@ -425,9 +425,7 @@ class USOPipeline(DiffusionPipeline, FluxLoraLoaderMixin):
     def style_pixels(self, image: Image.Image) -> Tensor:
         """SigLIP's input `(1, 3, S, S)` in [-1, 1]: bicubic, as `SiglipImageProcessor`."""
         side = self.image_encoder.config.image_size
-        resized = to_rgb(image).resize((side, side), Image.Resampling.BICUBIC)
-        pixels = np.asarray(resized, dtype=np.float32) / np.float32(127.5) - np.float32(1)  # (S, S, 3)
-        return torch.from_numpy(pixels).permute(2, 0, 1)[None]
+        return _pixels(to_rgb(image).resize((side, side), Image.Resampling.BICUBIC))
 
     def encode_content(
         self,
@@ -444,22 +442,28 @@ class USOPipeline(DiffusionPipeline, FluxLoraLoaderMixin):
         """
         image = to_rgb(image)
         long_size = self.native_content_size(image, content_long_size)
-        if self.config.native_side is not None:
-            windows = self.windows(*shape, content=True)
-            size = windows.width, windows.height
-            # in a long shape a long picture is drawn larger than a square could hold it
-            larger = min(shape[0] / image.width, shape[1] / image.height) * max(image.size) / min(shape)
-            long_size = round(long_size * larger)
-            image.thumbnail((long_size, long_size), Image.Resampling.LANCZOS)
-            prepared = fit_into(image, shape=shape, size=size)
+        if self.config.native_side is None:
+            pixels = self.image_processor.preprocess(prepare_content(image, long_size))
         else:
-            prepared = prepare_content(image, long_size)
-        pixels = self.image_processor.preprocess(prepared)  # (1, 3, h, w) in [-1, 1]
+            pixels = self.fit_content(image, long_size, shape)
         mean = self.conditioning.get(
             "content", [self.vae], pixels,
             lambda pixels: self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.mode(), device=device,
         )  # fmt: skip
         return self.vae.config.scaling_factor * (mean - self.vae.config.shift_factor)
+
+    def fit_content(self, image: Image.Image, long_size: int, shape: tuple[int, int]) -> Tensor:
+        """The whole picture in the middle of what is drawn for `shape`, its edges continued, in the part that
+        `fit` takes: `(1, 3, h, w)` in [-1, 1]."""
+        windows = self.windows(*shape, content=True)
+        # in a long shape a long picture is drawn larger than a square could hold it
+        larger = min(shape[0] / image.width, shape[1] / image.height) * max(image.size) / min(shape)
+        image.thumbnail((round(long_size * larger),) * 2, Image.Resampling.LANCZOS)
+        scale = min(windows.width / shape[0], windows.height / shape[1])
+        scale *= min(shape[0] / image.width, shape[1] / image.height)
+        width, height = (max(round(side * scale), 1) for side in image.size)
+        pixels = _pixels(image.resize((width, height), Image.Resampling.LANCZOS))
+        return continue_edges(pixels, width=windows.width, height=windows.height)
 
     def native_content_size(self, image: Image.Image, content_long_size: int) -> int:
         """Long side at which a content picture is encoded: as asked for FLUX, else a multiple of 16."""
@@ -507,6 +511,12 @@ class USOPipeline(DiffusionPipeline, FluxLoraLoaderMixin):
         latents = unpack_latents(latents, width=width, height=height)
         latents = latents.to(self.vae.dtype) / self.vae.config.scaling_factor + self.vae.config.shift_factor
         return self.vae.decode(latents, return_dict=False)[0]
+
+
+def _pixels(image: Image.Image) -> Tensor:
+    """An RGB picture as `(1, 3, height, width)` in [-1, 1]."""
+    pixels = np.asarray(image, dtype=np.float32) / np.float32(127.5) - np.float32(1)  # (h, w, 3)
+    return torch.from_numpy(pixels).permute(2, 0, 1)[None].contiguous()
 
 
 def _as_list(images: Image.Image | list[Image.Image] | None) -> list[Image.Image]:

@@ -345,9 +345,11 @@ def _flaws(error: RequestValidationError) -> str:
 
 
 def _base_url(request: Request) -> str:
-    """Under which name the client reached us; a share link's tunnel ends TLS before us."""
-    scheme = request.headers.get("x-forwarded-proto", request.url.scheme)
-    return f"{'https' if scheme.startswith('https') else 'http'}://{request.headers.get('host', 'localhost')}"
+    """Under which name the client reached us: a proxy's, or that of a share link, whose tunnel ends TLS."""
+    headers = request.headers
+    scheme = headers.get("x-forwarded-proto", request.url.scheme)
+    host = headers.get("x-forwarded-host", headers.get("host", "localhost")).split(",")[0].strip()
+    return f"{'https' if scheme.startswith('https') else 'http'}://{host}"
 
 
 def _capped(receive: Receive, limit: int) -> Receive:
