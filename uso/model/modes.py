@@ -33,8 +33,8 @@ class Mode:
         flag: how to ask for it on the command line.
         needs: the device it wants.
         recipe: what it does.
-        loss: PSNR of its pictures to those of `full`: three by nano, 512x512, 12 steps, for turbo
-            25; `docs/LOG.md`, 2026-11-24. "none" means the same bits.
+        loss: PSNR of its pictures to those of `full`: three by nano, 512x512, 25 steps, and the relative
+            error of their last latents; `docs/performance.md`. "none" means the same bits.
     """
 
     name: str
@@ -50,17 +50,21 @@ TABLE: tuple[Mode, ...] = (
         "staged", "--memory staged", "CUDA", "one part on it at a time, the modulation layers never", "none"
     ),
     Mode("offload", "--memory offload", "CUDA", "one block on it at a time: slow", "none"),
-    Mode(
-        "int8", "--quantize int8", "CUDA or CPU", "transformer and T5 in 8 bit", "46 to 58 dB; prediction 1 %"
-    ),
+    Mode("int8", "--quantize int8", "CUDA or CPU", "transformer and T5 in 8 bit", "48 dB; latents 1.5 %"),
     Mode(
         "int4",
         "--quantize int4",
         "CUDA or CPU",
         "transformer and T5 in 4 bit",
-        "26 to 33 dB; prediction 6 to 13 %",
+        "28 dB; latents 16 %",
     ),
-    Mode("turbo", "--turbo", "any", "steps that change little reuse the last one's blocks", "36 to 47 dB"),
+    Mode(
+        "turbo",
+        "--turbo",
+        "any",
+        "steps that change little reuse the last one's blocks",
+        "42 dB; latents 3.6 %",
+    ),
 )
 
 
