@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from socket import AF_INET, AF_INET6
 from typing import Any
 
 import httpx
@@ -65,7 +66,13 @@ class Server:
     """Page and API on a port, as `serve` puts them together, without a process of its own."""
 
     def __init__(
-        self, folder: Path, *, keys: bool = False, limits: Limits | None = None, **options: Any
+        self,
+        folder: Path,
+        *,
+        host: str = "127.0.0.1",
+        keys: bool = False,
+        limits: Limits | None = None,
+        **options: Any,
     ) -> None:
         self.step: Callable[[int], object] = lambda index: None
         files = Files(Store(folder))
@@ -84,16 +91,16 @@ class Server:
             keys=ring if keys else None,
             limits=limits or Limits(per_minute=100_000, queue=100),
         )
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
+        with socket.create_server((host, 0), family=AF_INET6 if ":" in host else AF_INET) as probe:
             port = probe.getsockname()[1]
+        settings = Settings(host=host, port=port)
         self.page = ui.launch(
             self.engine,
-            Settings(port=port),
+            settings,
             routes=self.api.routes,
             front=partial(Front, origins=[ORIGIN]),
         )
-        self.url = f"http://127.0.0.1:{port}"
+        self.url = f"http://{settings.host}:{port}"
         self.engine.start()
         self.http = httpx.Client(
             base_url=self.url, timeout=60, headers={"Authorization": f"Bearer {self.key}"}
@@ -708,6 +715,20 @@ def test_origins_are_as_set_and_never_with_cookies(server: Server) -> None:
         ]
     )
     assert httpx.get(f"{server.url}/healthz", headers={"Host": "evil.example"}).status_code == 400
+
+
+def test_the_page_answers_under_an_ipv6_address(tmp_path: Path) -> None:
+    try:
+        socket.create_server(("::1", 0), family=AF_INET6).close()
+    except OSError as error:
+        pytest.skip(f"this machine has no ::1: {error}")
+    server = Server(tmp_path, host="::1")
+    try:
+        assert server.url.startswith("http://[::1]:")
+        assert "USO" in httpx.get(server.url).text
+        assert httpx.get(server.url, headers={"Host": "evil.example"}).status_code == 400
+    finally:
+        server.close()
 
 
 def test_behind_a_proxy_addresses_are_the_outer_ones(server: Server) -> None:

@@ -106,6 +106,12 @@ class Settings(BaseSettings):
         """Names with commas or blanks between them."""
         return tuple(value.replace(",", " ").split()) if isinstance(value, str) else value
 
+    @field_validator("host")
+    @classmethod
+    def _as_in_urls(cls, host: str) -> str:
+        """An IPv6 address in brackets."""
+        return f"[{host}]" if ":" in host and not host.startswith("[") else host
+
     @field_validator("auth", mode="after")
     @classmethod
     def _auth_is_a_pair(cls, auth: SecretStr | None) -> SecretStr | None:

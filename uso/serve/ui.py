@@ -676,7 +676,7 @@ def is_exposed(settings: Settings) -> bool:
 
 def _is_loopback(host: str) -> bool:
     try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+        return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False
 
@@ -706,7 +706,7 @@ def launch(
     page.queue(api_open=False)
     # Against DNS rebinding: a page elsewhere must not reach us under a name of its own.
     local = _is_loopback(settings.host) and not settings.space_id
-    hosts = ["localhost", "127.0.0.1", "[::1]", "*.gradio.live", settings.host] if local else ["*"]
+    hosts = ["localhost", "127.0.0.1", settings.host, "*.gradio.live"] if local else ["*"]
 
     @asynccontextmanager
     async def lifespan(app: Any) -> AsyncIterator[None]:
