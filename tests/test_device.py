@@ -15,7 +15,7 @@ from PIL import Image
 from tests.test_engine import FakePipeline
 from uso.errors import Cancelled, InputError
 from uso.images import open_image
-from uso.model import devices, tuning
+from uso.model import devices
 from uso.model.checkpoints import load_pipeline
 from uso.model.devices import choose_device, pick_memory
 from uso.model.modes import MEMORY_MODES, Footprint, MemoryMode, Quantization
@@ -142,14 +142,14 @@ PICTURES: dict[str, Any] = {
 
 @pytest.fixture
 def all_modes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CPU has one memory; here its copies stand for a GPU's, which has no oneDNN."""
+    """A CPU has one memory; here its copies stand for a GPU's, which is not tuned as a CPU is."""
     monkeypatch.setattr(devices, "memory_modes", lambda device: MEMORY_MODES)
-    monkeypatch.setattr(tuning, "use_onednn", lambda transformer: None)
+    monkeypatch.setattr("uso.serve.device.tune", lambda transformer, device: None)
 
 
 @pytest.fixture(scope="module")
 def lossless() -> Image.Image:
-    with mock.patch.object(tuning, "use_onednn"):
+    with mock.patch("uso.serve.device.tune"):
         return drawn(Device(load_pipeline("nano"), device="cpu"), work(**PICTURES, num_steps=2)).image
 
 

@@ -122,10 +122,10 @@ def _forward_last(
     image_rotary_emb: tuple[Tensor, Tensor],
     joint_attention_kwargs: dict[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`_forward` with queries, MLP and output of some tokens."""
+    """diffusers' forward to the bit, with queries, MLP and output of some tokens."""
     attention, text, count = block.attn, encoder_hidden_states.shape[1], block.latents.shape[1]
     tokens = torch.cat([encoder_hidden_states, hidden_states], dim=1)  # (B, T + N + content, hidden)
-    normed, gate = _modulate(block.norm, tokens, temb)
+    normed, gate = block.norm(tokens, emb=temb)
     # `narrow`, not slices: these may end where the tokens do or before, which would be two graphs
     picture = normed.narrow(1, text, count)  # (B, N, hidden)
     if attention.fused_projections:
@@ -140,5 +140,5 @@ def _forward_last(
     key = rotate(attention.norm_k(key), image_rotary_emb)
     backend = attention.processor._attention_backend
     attended = dispatch_attention_fn(query, key, value, backend=backend).flatten(2, 3)  # (B, N, hidden)
-    output = _project(block, attended, picture)
-    return encoder_hidden_states, torch.addcmul(hidden_states.narrow(1, 0, count), gate, output)
+    output = _project(block, attended, picture).mul_(gate.unsqueeze(1))
+    return encoder_hidden_states, output + hidden_states.narrow(1, 0, count)
