@@ -34,7 +34,9 @@ def whole(pipe: USOPipeline, **arguments: Any) -> Tensor:
 
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize(
-    "arguments", [{}, {"style_images": [STYLE, SECOND_STYLE]}, {"content_image": None}], ids=str
+    "arguments",
+    [{}, {"style_images": [STYLE, SECOND_STYLE]}, {"content_image": None}],
+    ids=["as is", "two styles", "no content"],
 )
 def test_the_picture_is_the_same(pipe: USOPipeline, arguments: dict[str, Any], fused: bool) -> None:
     if fused:
