@@ -122,7 +122,7 @@ def _forward_last(
     image_rotary_emb: tuple[Tensor, Tensor],
     joint_attention_kwargs: dict[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """diffusers' forward to the bit, with queries, MLP and output of some tokens."""
+    """diffusers' own forward, with queries, MLP and output of some tokens."""
     attention, text, count = block.attn, encoder_hidden_states.shape[1], block.latents.shape[1]
     tokens = torch.cat([encoder_hidden_states, hidden_states], dim=1)  # (B, T + N + content, hidden)
     normed, gate = block.norm(tokens, emb=temb)
