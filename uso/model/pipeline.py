@@ -454,7 +454,7 @@ class USOPipeline(DiffusionPipeline, FluxLoraLoaderMixin):
 
     def fit_content(self, image: Image.Image, long_size: int, shape: tuple[int, int]) -> Tensor:
         """The whole picture in the middle of what is drawn for `shape`, its edges continued, in the part that
-        `fit` takes: `(1, 3, h, w)` in [-1, 1]."""
+        `fit` takes: `(1, 3, h, w)` in [-1, 1]. `image`, RGB, may be shrunk in place."""
         windows = self.windows(*shape, content=True)
         # in a long shape a long picture is drawn larger than a square could hold it
         larger = min(shape[0] / image.width, shape[1] / image.height) * max(image.size) / min(shape)
