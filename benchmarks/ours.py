@@ -17,7 +17,7 @@ from uso import load_pipeline
 from uso.model import checkpoints, keymaps, plans
 from uso.model.modes import Quantization
 from uso.model.pipeline import USOPipeline
-from uso.model.tuning import compile_blocks, give_back
+from uso.model.tuning import compile_blocks
 from uso.model.variants import DEV, with_numbers_of
 from uso.model.weights import Plan, Weights
 from uso.serve.device import Device
@@ -116,7 +116,6 @@ def main() -> None:
         finally:
             hook.remove()
             del pipe.decode
-            give_back()  # as a server does after each picture
         return image, kept[0]
 
     serve(

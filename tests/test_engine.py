@@ -402,6 +402,31 @@ def test_a_crash_costs_an_attempt_and_too_many_end_the_job(start: Any) -> None:
     go_on.set()
 
 
+def test_the_device_rests_once_there_is_nothing_to_draw(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    rests, rested = [], threading.Event()
+
+    def give_back() -> None:
+        rests.append(engine.waiting)
+        rested.set()
+
+    monkeypatch.setattr(engine_module, "REST_SECONDS", 0.2)
+    monkeypatch.setattr("uso.serve.device.give_back", give_back)
+    go_on = threading.Event()
+    engine = start(lambda progress: FakePipeline(lambda index: go_on.wait(5)))  # type: ignore[func-returns-value]
+    for _ in range(2):
+        jobs = [submit(engine) for _ in range(3)]
+        time.sleep(0.5)
+        assert not rested.is_set(), "others wait, or one is drawn"
+        go_on.set()
+        for job in jobs:
+            assert wait(engine, job).state == "completed"
+        assert rested.wait(10)
+        go_on.clear()
+        rested.clear()
+    time.sleep(0.5)
+    assert rests == [0, 0], "once"
+
+
 def test_a_full_disk_loses_nothing(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_module, "RETRY_SECONDS", 0.05)
     begun, go_on = threading.Event(), threading.Event()

@@ -67,6 +67,15 @@ def test_the_other_blocks_give_what_diffusers_own_do(pipe: USOPipeline, kind: st
         torch.testing.assert_close(given, of_diffusers, rtol=1e-5, atol=1e-5)
 
 
+def test_a_hook_on_a_projection_sees_attention_and_mlp_side_by_side(pipe: USOPipeline) -> None:
+    pipe.transformer.set_attn_processor(CPUAttnProcessor())
+    expected, widths = draw(pipe), []
+    projection = pipe.transformer.single_transformer_blocks[0].proj_out
+    projection.register_forward_hook(lambda module, args, out: widths.append(args[0].shape[2]))
+    torch.testing.assert_close(draw(pipe), expected, rtol=0, atol=1e-5)
+    assert set(widths) == {projection.in_features}
+
+
 def test_only_the_pictures_tokens_go_through_its_mlp(pipe: USOPipeline) -> None:
     rows = []
     last_block(pipe).proj_mlp.register_forward_hook(lambda module, args, out: rows.append(out.shape[1]))

@@ -365,10 +365,17 @@ def test_faster_functions_are_those_they_replace() -> None:
         expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, **options)
         torch.testing.assert_close(cpu.attention(query, key, value, **options), expected)
     angles = torch.rand(5, 8, generator=generator).repeat_interleave(2, 1)
-    x, frequencies = query.transpose(1, 2), (angles.cos(), angles.sin())
+    x, frequencies = query.transpose(1, 2).requires_grad_(), (angles.cos(), angles.sin())
+    rotated = cpu.rotate(x, frequencies)
     torch.testing.assert_close(
-        cpu.rotate(x, frequencies), apply_rotary_emb(x, frequencies, sequence_dim=1), atol=1e-6, rtol=1e-6
+        rotated, apply_rotary_emb(x, frequencies, sequence_dim=1), atol=1e-6, rtol=1e-6
     )
+    (rotated**2).sum().backward()
+    torch.testing.assert_close(x.grad, 2 * x)
+    with torch.no_grad():
+        head_after_head = cpu.rotate(x, frequencies)
+    assert torch.equal(head_after_head, rotated)
+    assert head_after_head.transpose(1, 2).is_contiguous()
 
 
 @pytest.mark.parametrize("shape", [(8, 32), (32, 8)])

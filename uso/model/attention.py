@@ -16,14 +16,19 @@ FUSED = {"to_qkv": ("to_q", "to_k", "to_v"), "to_added_qkv": ("add_q_proj", "add
 def rotate(x: Tensor, image_rotary_emb: tuple[Tensor, Tensor]) -> Tensor:
     """Turn the pairs of `(B, S, H, D)` by cosines and sines `(S, D)`.
 
-    In eager mode on a CPU as one product of complex numbers, else by diffusers' `apply_rotary_emb`.
+    In eager mode on a CPU as one product of complex numbers, written head after head, as attention reads it
+    faster; else by diffusers' `apply_rotary_emb`.
     """
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         rotated: Tensor = apply_rotary_emb(x, image_rotary_emb, sequence_dim=1)
         return rotated
     turns = _complex(image_rotary_emb)
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (B, S, H, D / 2)
-    return torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)
+    batch, length, heads, half = pairs.shape
+    out = None
+    if not torch.is_grad_enabled():  # gradients forbid `out`
+        out = pairs.new_empty(batch, heads, length, half).transpose(1, 2)
+    return torch.view_as_real(torch.mul(pairs, turns, out=out)).flatten(-2).to(x.dtype)
 
 
 def _complex(image_rotary_emb: tuple[Any, Tensor]) -> Tensor:

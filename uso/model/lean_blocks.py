@@ -22,7 +22,7 @@ from diffusers.models.transformers.transformer_flux import (
 from torch import Tensor, nn
 
 from uso.model.attention import CPUAttnProcessor, rotate
-from uso.model.onednn import linear_gelu
+from uso.model.onednn import is_plain, linear_gelu
 
 
 @contextmanager
@@ -104,13 +104,20 @@ def _forward(
     tokens = torch.cat([encoder_hidden_states, hidden_states], dim=1)  # (B, T + N, hidden)
     normed, gate = _modulate(block.norm, tokens, temb)
     attended = block.attn(hidden_states=normed, image_rotary_emb=image_rotary_emb)
-    output = torch.addcmul(tokens, gate, _project(block, attended, normed))
+    output = torch.addcmul(
+        tokens, gate, _project(block.proj_out, attended, linear_gelu(block.proj_mlp, normed))
+    )
     return output[:, :text], output[:, text:]
 
 
-def _project(block: Any, attended: Tensor, normed: Tensor) -> Tensor:
-    """`proj_out` of `attended` and of the MLP of `normed`, `(B, N, hidden)` each."""
-    output: Tensor = block.proj_out(torch.cat([attended, linear_gelu(block.proj_mlp, normed)], dim=2))
+def _project(layer: nn.Module, attended: Tensor, mlp: Tensor) -> Tensor:
+    """`layer` of `(B, N, hidden)` and `(B, N, 4 hidden)` side by side; a plain one without joining them."""
+    if not is_plain(layer):
+        joined: Tensor = layer(torch.cat([attended, mlp], dim=2))
+        return joined
+    of_attended, of_mlp = layer.weight.split([attended.shape[2], mlp.shape[2]], dim=1)
+    output = F.linear(attended, of_attended, layer.bias)
+    output.flatten(0, 1).addmm_(mlp.flatten(0, 1), of_mlp.T)
     return output
 
 
@@ -140,5 +147,6 @@ def _forward_last(
     key = rotate(attention.norm_k(key), image_rotary_emb)
     backend = attention.processor._attention_backend
     attended = dispatch_attention_fn(query, key, value, backend=backend).flatten(2, 3)  # (B, N, hidden)
-    output = _project(block, attended, picture).mul_(gate.unsqueeze(1))
+    joined = torch.cat([attended, linear_gelu(block.proj_mlp, picture)], dim=2)  # (B, N, 5 hidden)
+    output = block.proj_out(joined).mul_(gate.unsqueeze(1))
     return encoder_hidden_states, output + hidden_states.narrow(1, 0, count)

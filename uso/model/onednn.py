@@ -7,6 +7,7 @@ product before it; and MKL has AVX-512 on Intel's processors only. Compiled bloc
 import platform
 from pathlib import Path
 from types import MethodType
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +55,13 @@ def linear_gelu(layer: nn.Module, x: Tensor) -> Tensor:
     if _computes(x) and getattr(layer.forward, "__func__", None) is _linear and not _hooked(layer):
         return _product(layer, x, "gelu", "tanh")
     return F.gelu(layer(x), approximate="tanh")
+
+
+def is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether `layer` is torch's own float32 product and nothing beside it."""
+    if type(layer) is not nn.Linear or "forward" in vars(layer) or _hooked(layer):
+        return False
+    return layer.weight.dtype == torch.float32
 
 
 def _linear(layer: nn.Linear, x: Tensor) -> Tensor:

@@ -160,6 +160,10 @@ class Device:
             self._place(before)
             raise
 
+    def rest(self) -> None:
+        """Return the memory that the next picture would have used again."""
+        give_back()
+
     def _draw(
         self, work: Work, cancelled: Callable[[], bool], keep: Callable[[], bool], notes: list[str]
     ) -> Iterator[Event]:
@@ -276,7 +280,6 @@ class _Drawing:
             hook.remove()
             if self.device.staging:
                 self.device.staging.release()
-            give_back()
 
     def _call(self) -> Image.Image:
         work = self.work

@@ -40,6 +40,7 @@ FINAL: tuple[State, ...] = ("completed", "failed", "cancelled")
 REMEMBERED_JOBS = 1000  # finished jobs held in memory; all are in the store
 WATCH_SECONDS = 0.2
 RETRY_SECONDS = 1.0  # between tries to write to a store that fails, for a full disk
+REST_SECONDS = 60.0  # without a job, after which the device gives memory back
 
 LoadProgress = Callable[[str, float], None]
 
@@ -416,9 +417,15 @@ class Engine:
     def _work(self) -> None:
         if not self._load():
             return
+
+        def wanted() -> bool:
+            return bool(self._queue) or self._stopping
+
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._queue or self._stopping)
+                if not self._changed.wait_for(wanted, REST_SECONDS):
+                    self._device.rest()
+                    self._changed.wait_for(wanted)
                 if self._stopping:
                     return
                 job_id = self._queue[0]
