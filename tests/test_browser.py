@@ -226,6 +226,10 @@ def test_the_whole_first_use(visit: Callable[..., Page], width: int, tmp_path: P
             assert box is not None
             assert box["y"] + box["height"] <= 900
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+    cut = "labels => labels.filter(each => each.scrollWidth > each.clientWidth).map(each => each.innerText)"
+    labels = page.locator("#examples .caption-label")
+    assert labels.count() == 5
+    assert labels.evaluate_all(cut) == []
 
 
 def holds(page: Page, slot: str, picture: bytes) -> None:
