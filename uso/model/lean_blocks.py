@@ -110,7 +110,7 @@ def _forward(
     return output[:, :text], output[:, text:]
 
 
-def _project(layer: nn.Module, attended: Tensor, mlp: Tensor) -> Tensor:
+def _project(layer: Any, attended: Tensor, mlp: Tensor) -> Tensor:
     """`layer` of `(B, N, hidden)` and `(B, N, 4 hidden)` side by side; a plain one without joining them."""
     if not is_plain(layer):
         joined: Tensor = layer(torch.cat([attended, mlp], dim=2))

@@ -7,7 +7,6 @@ product before it; and MKL has AVX-512 on Intel's processors only. Compiled bloc
 import platform
 from pathlib import Path
 from types import MethodType
-from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -46,8 +45,8 @@ def made_by_amd() -> bool:
 
 
 def _take(layer: nn.Module) -> None:
-    if type(layer) is nn.Linear and layer.weight.dtype == torch.float32:
-        layer.forward = MethodType(_linear, layer)  # type: ignore[method-assign]
+    if _is_product(layer):
+        layer.forward = MethodType(_linear, layer)
 
 
 def linear_gelu(layer: nn.Module, x: Tensor) -> Tensor:
@@ -57,11 +56,13 @@ def linear_gelu(layer: nn.Module, x: Tensor) -> Tensor:
     return F.gelu(layer(x), approximate="tanh")
 
 
-def is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
+def is_plain(layer: nn.Module) -> bool:
     """Whether `layer` is torch's own float32 product and nothing beside it."""
-    if type(layer) is not nn.Linear or "forward" in vars(layer) or _hooked(layer):
-        return False
-    return layer.weight.dtype == torch.float32
+    return _is_product(layer) and "forward" not in vars(layer) and not _hooked(layer)
+
+
+def _is_product(layer: nn.Module) -> bool:
+    return type(layer) is nn.Linear and layer.weight.dtype == torch.float32
 
 
 def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
