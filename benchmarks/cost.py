@@ -71,7 +71,7 @@ def main() -> None:
         for number in range(FIRST + args.pictures):
             work, sizes = random_work(rng)
             demand = device.demand(work, sizes)
-            costs = [one.predict(device.name, demand) for one in (early, all_before)]
+            costs = [one.predict(device.name, demand, device.in_use) for one in (early, all_before)]
             drawn = draw(device, work)
             if number < FIRST:
                 early.learn(device.name, demand, drawn.seconds, drawn.peak)

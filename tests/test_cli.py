@@ -34,6 +34,7 @@ class FakeDevice:
     """Draws a plain picture; what a prompt says happens."""
 
     name = "fake"
+    in_use = 0
 
     def __init__(self) -> None:
         self.works: list[Work] = []

@@ -43,6 +43,7 @@ def test_three_pictures_foretell_others(calibration: Calibration) -> None:
         assert cost.memory == asked.memory + GB
     assert calibration.predict("cpu", demand()).seconds is None
     assert Calibration(calibration.path).predict("gpu", demand()) == calibration.predict("gpu", demand())
+    assert calibration.predict("gpu", demand(), in_use=90 * GB).memory == 90 * GB
 
 
 def test_one_picture_foretells_more_steps(calibration: Calibration) -> None:

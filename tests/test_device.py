@@ -104,6 +104,17 @@ def test_auto_looks_at_what_is_free(monkeypatch: pytest.MonkeyPatch, free_gb: in
     assert pick_memory("offload", cuda, lambda: found) == ("offload", "as set")
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="elsewhere nobody counts")
+def test_memory_in_use_counts_as_the_peak_does() -> None:
+    device = Device(FakePipeline(), device="cpu")
+    before = device.in_use
+    kept = bytearray(2**28)
+    assert device.in_use - before == pytest.approx(len(kept), rel=0.2)
+    peak = drawn(device, work()).peak
+    assert peak is not None
+    assert peak > 0.9 * device.in_use
+
+
 def test_where_there_is_one_memory_nothing_is_moved() -> None:
     device = Device(FakePipeline(), device="cpu", memory="staged")
     assert device.memory == "full"

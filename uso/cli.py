@@ -252,7 +252,7 @@ def make_all(jobs: Sequence[Job], *, settings: "Settings", model: str, debug: bo
         def demand_of(job: Job) -> tuple[str, Demand]:  # asked again after each picture: memory may run out
             return f"{model} on {device.name}", device.demand(work_of(job, {}), job.sizes)
 
-        costs = [calibration.predict(*demand_of(job)) for job in jobs]
+        costs = [calibration.predict(*demand_of(job), device.in_use) for job in jobs]
         bar.write(f"{len(jobs)} to draw: {cost_text(costs)}", file=sys.stderr)
         begun = 0  # steps of the pictures before this one
         for number, job in enumerate(jobs, 1):

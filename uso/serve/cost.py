@@ -106,10 +106,11 @@ class Calibration:
         self._known = self._read()
         self._weights: dict[tuple[str, Phase], np.ndarray] = {}
 
-    def predict(self, device: str, demand: Demand) -> Cost:
+    def predict(self, device: str, demand: Demand, in_use: int = 0) -> Cost:
         """What a picture will take; of its encoding the usual, whether or not its inputs are known already.
 
         `device` names all that it depends on beside the demand: the device, the model, how it is placed.
+        `in_use`: bytes there now, which the peak will not be below.
         """
         with self._lock:
             runs = self._known.get(device, [])
@@ -119,7 +120,7 @@ class Calibration:
                     phase: float(self._fitted(device, phase) @ of(demand)) for phase, of in FEATURES.items()
                 }
         beyond = [run.peak - run.demand.memory for run in runs if run.peak is not None] or [0]
-        return Cost(phases, demand.memory + round(statistics.median(beyond)))
+        return Cost(phases, max(demand.memory + round(statistics.median(beyond)), in_use))
 
     def learn(self, device: str, demand: Demand, seconds: Mapping[Phase, float], peak: int | None) -> None:
         """Take note of what a picture took, here and on the disk; `peak` in bytes, None if nobody knows."""

@@ -99,6 +99,13 @@ class Device:
         more = ", turbo" if self.turbo else ", compiled" if is_compiled(self.pipe.transformer) else ""
         return f"{kind}, {torch.get_num_threads()} threads, {weights}, {self.memory}{more}"
 
+    @property
+    def in_use(self) -> int:
+        """Bytes now, of those whose peak `Drawn` tells; on a CPU what earlier pictures needed may be kept."""
+        if self.device.type == "cuda":
+            return torch.cuda.memory_allocated(self.device)
+        return _of_process("VmRSS") or 0
+
     def demand(self, work: Work, sizes: Sizes) -> Demand:
         """What a picture asks of the model; `work` need not hold the pictures that `sizes` tells of."""
         content = sizes.get("content_image")
@@ -371,11 +378,16 @@ def peak_memory(device: torch.device) -> int | None:
     """Most bytes in use at once, on the GPU; on a CPU of the whole process; None where nobody counts."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    return _of_process("VmHWM")
+
+
+def _of_process(key: str) -> int | None:
+    """Bytes by `/proc/self/status`; None where there is none."""
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:
         return None
-    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(key))
 
 
 @torch.no_grad()

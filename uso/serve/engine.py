@@ -329,7 +329,8 @@ class Engine:
     def _cost(self, work: Work, sizes: Sizes) -> Cost | None:
         if (device := self._device) is None:
             return None
-        return self._calibration.predict(f"{self.model} on {device.name}", device.demand(work, sizes))
+        name = f"{self.model} on {device.name}"
+        return self._calibration.predict(name, device.demand(work, sizes), device.in_use)
 
     def _seconds(self, job: Job) -> float | None:
         cost = self._cost(job.work, _sizes(job.pictures))
