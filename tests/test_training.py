@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -270,10 +271,12 @@ def test_noise_is_led_by_the_teacher_to_the_level_asked_for() -> None:
     clean, sigma = torch.randn(2, 16, 16, 16), torch.tensor([0.1, 0.9])
     levels = []
 
-    def teacher(latents: torch.Tensor, now: torch.Tensor, *_: object, **conditions: object) -> torch.Tensor:
+    def velocity(latents: torch.Tensor, now: torch.Tensor, *_: object, **conditions: object) -> torch.Tensor:
         levels.append(now)
+        assert conditions["encoded"] is teacher.encode.return_value
         return train.pack_latents((latents - clean) / now[:, None, None, None])
 
+    teacher = mock.Mock(side_effect=velocity)
     torch.manual_seed(0)
     noise = torch.randn_like(clean)
     torch.manual_seed(0)
@@ -282,6 +285,7 @@ def test_noise_is_led_by_the_teacher_to_the_level_asked_for() -> None:
     torch.testing.assert_close(led, clean.lerp(noise, sigma[:, None, None, None]), atol=1e-5, rtol=1e-5)
     expected = torch.tensor([[1, 1], [0.775, 0.975], [0.55, 0.95], [0.325, 0.925]])
     torch.testing.assert_close(torch.stack(levels), expected)
+    teacher.encode.assert_called_once_with(batch.style, batch.prompts)
 
 
 def test_a_batch_is_learned_where_the_model_is(cache: Path) -> None:

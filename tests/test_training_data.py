@@ -182,6 +182,26 @@ def test_a_name_stands_for_one_drawing(
     assert not any(data.held_out(subjects[row]) for row in rows)
 
 
+def test_training_sees_photographs_in_many_colours(subjects: list[str]) -> None:
+    contents = pool.pool_contents(subjects, "train")
+    rng = np.random.default_rng(0)
+    red = np.zeros((90, 120, 3), np.uint8)
+    red[..., 0] = 200
+    contents.photos["cat photo"] = red
+    drawn = [contents.draw_subject(rng, "cat photo") for _ in range(20)]
+    assert len({tuple(rgba[0, 0]) for rgba in drawn}) > 10
+    assert all(rgba[..., 3].min() == 255 for rgba in drawn)
+    names = [subjects[contents.draw(rng)[0]] for _ in range(200)]
+    assert 0.2 < names.count("cat photo") / 200 < 0.4
+
+
+def test_a_part_of_a_photograph_is_another_one() -> None:
+    dark, light = (np.full((pool.SIDE, pool.SIDE, 3), level, np.uint8) for level in (20, 220))
+    joined = pool.join(np.random.default_rng(0), dark, light)
+    assert 0.3 < (joined > 120).mean() < 0.5
+    assert {joined.min(), joined.max()} == {20, 220}
+
+
 def test_a_held_out_look_is_drawn_again(subjects: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     contents = pool.Contents(subjects, unseen=False)
     first = looks.draw_look(np.random.default_rng(7), "poster")

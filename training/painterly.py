@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from training.data import HELD_OUT
 from training.looks import colour_name, plain
-from training.pool import Contents, Rows, draw_rows, write_shard, write_subjects
+from training.pool import Rows, draw_rows, pool_contents, write_shard, write_subjects
 
 # Our words for the network's manners, by their number; it has no names of its own.
 MANNERS = (
@@ -108,7 +108,7 @@ def make_shard(job: tuple[str, int, int, list[str]]) -> int:
     """Paint one shard unless it exists; the number of its looks."""
     split, number, count, names = job
     cv2.setNumThreads(1)
-    painter, contents = Painter(), Contents(names, unseen=split != "train")
+    painter, contents = Painter(), pool_contents(names, split)
 
     def draw(_: int, rng: np.random.Generator) -> tuple[str, str, Rows]:
         while True:

@@ -41,6 +41,9 @@ STREAMS = {
 TRAINED = ("train", "named")  # the splits that training sees
 PICTURES = 8  # a look
 PHOTO_SHARE = 0.12
+TRAINED_PHOTO_SHARE = 0.3  # where the model learns, which sees but these few
+RECOLOURED = {"photograph": 0.75, "drawing": 0.25}  # of them there
+JOINED = 0.35  # of the photographs there: another one in a part of them
 BLANK = 9.0  # least standard deviation of lightness, in levels, of a picture that is not near-blank
 SIDE = NATIVE_SIDE
 SHARD = 100  # looks
@@ -50,6 +53,8 @@ NAMED_SHARE = 29 / 32  # of the picture's side, which it takes
 
 class Contents:
     """Draws content pictures: an emoji on a see-through ground, or a photograph's crop."""
+
+    photo_share = PHOTO_SHARE
 
     def __init__(self, names: list[str], *, unseen: bool) -> None:
         self.pictures = Pictures()
@@ -64,7 +69,7 @@ class Contents:
 
     def draw(self, rng: np.random.Generator) -> tuple[int, np.ndarray]:
         """Row of a random subject and uint8 (SIDE, SIDE, 4)."""
-        names = self.subject_photos if rng.random() < PHOTO_SHARE else self.names
+        names = self.subject_photos if rng.random() < self.photo_share else self.names
         name = names[rng.integers(len(names))]
         return self.rows[name], self.draw_subject(rng, name)
 
@@ -117,6 +122,23 @@ class Contents:
         return content, np.dstack([content, np.full((SIDE, SIDE), 255, np.uint8)]) if busy else rgba
 
 
+class VariedContents(Contents):
+    """Photographs more often; they are few, so mostly in other colours and with parts of each other."""
+
+    photo_share = TRAINED_PHOTO_SHARE
+
+    def draw_subject(self, rng: np.random.Generator, name: str) -> np.ndarray:
+        """One of the subject's drawings, or a crop of its photograph, uint8 (SIDE, SIDE, 4)."""
+        rgba = super().draw_subject(rng, name)
+        photograph = name in self.photos
+        if photograph and rng.random() < JOINED:
+            others = sorted(self.photos)
+            rgba[..., :3] = join(rng, rgba[..., :3], random_crop(rng, self.photos[rng.choice(others)]))
+        if rng.random() < RECOLOURED["photograph" if photograph else "drawing"]:
+            rgba[..., :3] = recolour(rng, rgba[..., :3])
+        return rgba
+
+
 class NamedContents(Contents):
     """Each subject by the same drawing, in the middle and on white."""
 
@@ -149,6 +171,23 @@ def random_crop(rng: np.random.Generator, photo: np.ndarray, *, least: float = 0
         interpolation=method,
     )
     return crop[:, ::-1] if rng.random() < 0.5 else crop
+
+
+def join(rng: np.random.Generator, picture: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """`other` in two fifths of `picture`, in smooth spots; all uint8 (SIDE, SIDE, 3)."""
+    spots = cv2.resize(rng.random((4, 4), np.float32), (SIDE, SIDE), interpolation=cv2.INTER_CUBIC)
+    share = np.clip((spots - np.quantile(spots, 0.6)) * rng.uniform(4, 60) + 0.5, 0, 1)[..., None]
+    return (picture + share * (other.astype(np.float32) - picture) + 0.5).astype(np.uint8)
+
+
+def recolour(rng: np.random.Generator, picture: np.ndarray) -> np.ndarray:
+    """Another hue, saturation, gamma and tint, uint8 (SIDE, SIDE, 3)."""
+    rgb = picture.astype(np.float32) / 255
+    grey = luma(rgb)[..., None]
+    turn = cv2.Rodrigues(np.full(3, rng.normal(0, 0.8) / 3**0.5))[0].astype(np.float32)  # about the greys
+    rgb = grey ** np.exp(rng.normal(0, 0.3)) + rng.uniform(0.3, 1.4) * (rgb - grey) @ turn.T
+    rgb *= np.exp(rng.normal(0, 0.3, 3)).astype(np.float32)
+    return (np.clip(rgb, 0, 1) * 255 + 0.5).astype(np.uint8)
 
 
 def place(rng: np.random.Generator, rgba: np.ndarray) -> np.ndarray:
@@ -242,12 +281,17 @@ def write_shard(
     part.rename(folder)
 
 
+def pool_contents(names: list[str], split: str) -> Contents:
+    """What a split of random drawings draws from."""
+    return VariedContents(names, unseen=False) if split == "train" else Contents(names, unseen=True)
+
+
 def make_shard(job: tuple[str, int, int, list[str]]) -> int:
     """Draw one shard of parametric looks unless it exists; the number of its looks."""
     split, number, count, names = job
     cv2.setNumThreads(1)
     families = [name for name in FAMILIES if (name in HELD_OUT_FAMILIES) == (split == "families")]
-    contents = NamedContents(names) if split == "named" else Contents(names, unseen=split != "train")
+    contents = NamedContents(names) if split == "named" else pool_contents(names, split)
 
     def draw(i: int, rng: np.random.Generator) -> tuple[str, str, Rows]:
         return draw_set(rng, contents, families[(number * 7 + i) % len(families)])

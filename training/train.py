@@ -234,6 +234,9 @@ def draw_batch(shards: list[Shard], kind: str, rng: np.random.Generator, size: i
     return shard.batch(kind, rows.tolist(), rng).to(device())
 
 
+Encoded = tuple[Tensor, Tensor, Tensor | None]
+
+
 class Nano(nn.Module):
     """Transformer and condition encoders, called as the pipeline calls them, on batches."""
 
@@ -266,6 +269,11 @@ class Nano(nn.Module):
             self.conditioning["style_projector"](hidden_states).unflatten(0, pictures.shape[:2]).flatten(1, 2)
         )
 
+    def encode(self, style: Tensor | None, prompts: list[str]) -> Encoded:
+        """T5 states `(B, T, D)`, pooled CLIP `(B, P)` and style tokens `(B, S * K, hidden)`."""
+        states, pooled = encode_prompts(self.tokenizers, self.conditioning, prompts)
+        return states, pooled, None if style is None else self.encode_style(style)
+
     def forward(
         self,
         latents: Tensor,
@@ -275,10 +283,13 @@ class Nano(nn.Module):
         content: Tensor | None,
         style: Tensor | None,
         prompts: list[str],
+        encoded: Encoded | None = None,
     ) -> Tensor:
-        """Velocity `(B, N, 64)` of noisy `latents` `(B, 16, h, w)` at `sigma` `(B,)`."""
-        states, pooled = encode_prompts(self.tokenizers, self.conditioning, prompts)
-        self.style_tokens = None if style is None else self.encode_style(style)
+        """Velocity `(B, N, 64)` of noisy `latents` `(B, 16, h, w)` at `sigma` `(B,)`.
+
+        `encoded`: what `encode` makes of style and prompts, if it is known.
+        """
+        states, pooled, self.style_tokens = encoded or self.encode(style, prompts)
         pictures = [latents, *self.references(content, style)]
         grids = [(picture.shape[2] // 2, picture.shape[3] // 2) for picture in pictures]
         tokens = torch.cat([pack_latents(picture) for picture in pictures], dim=1)
@@ -364,9 +375,11 @@ def random_slider(count: int, device: torch.device) -> Tensor:
 def drawn(teacher: Nano, batch: Batch, sigma: Tensor, slider: Tensor) -> Tensor:
     """Pure noise that the teacher has led to noise levels `sigma` `(B,)`: latents `(B, 16, h, w)`."""
     latents, now = torch.randn_like(batch.target), torch.ones_like(sigma)
+    encoded = teacher.encode(batch.style, batch.prompts)
     for left in range(DRAWN, 0, -1):
         then = torch.lerp(now, sigma, 1 / left)
-        velocity = unpacked(teacher(latents, now, slider, **batch.conditions), like=latents)
+        velocity = teacher(latents, now, slider, **batch.conditions, encoded=encoded)
+        velocity = unpacked(velocity, like=latents)
         latents, now = latents + (then - now)[:, None, None, None] * velocity, then
     return latents
 
