@@ -596,5 +596,10 @@ def test_a_file_of_the_server_is_not_read(server: str) -> None:
 
 
 def test_only_names_of_this_machine_are_answered(server: str) -> None:
-    assert httpx.get(server, headers={"Host": "evil.example"}).status_code == 400
+    for name in ("evil.example", "evil.example:7860", "localhost.evil.example", "[::", ""):
+        refused = httpx.get(server, headers={"Host": name})
+        assert refused.status_code == 400
+        assert f"not as {name}. A proxy in front of it is to send" in refused.text
+    for name in ("LOCALHOST:1", "127.0.0.1", "name.gradio.live"):
+        assert httpx.get(server, headers={"Host": name}).status_code == 200
     assert httpx.get(server).headers["x-content-type-options"] == "nosniff"

@@ -21,15 +21,16 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read at import: no outgoing requests
 
 import gradio as gr
 import safehttpx
 from gradio.utils import get_upload_folder
-from starlette.datastructures import MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.responses import PlainTextResponse
 from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -659,6 +660,39 @@ class NoSniff:
         await self.app(scope, receive, send_with_header)
 
 
+NOT_OURS = (
+    "This server answers as localhost, not as {}. A proxy in front of it is to send the host on as localhost "
+    "and the outer name as X-Forwarded-Host. To be reached without: --host 0.0.0.0 and --auth USER:PASSWORD."
+)
+
+
+class OwnNames:
+    """Answers under names of this machine alone, against DNS rebinding: a page elsewhere may give us its own.
+
+    Args:
+        host: the address listened on.
+    """
+
+    def __init__(self, app: ASGIApp, host: str) -> None:
+        self.app = app
+        self.names = {"localhost", "127.0.0.1", host.strip("[]")}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        app = self.app
+        if scope["type"] in ("http", "websocket"):
+            name = Headers(scope=scope).get("host")
+            if not self._is_own(name):
+                app = PlainTextResponse(NOT_OURS.format(name), status_code=400)
+        await app(scope, receive, send)
+
+    def _is_own(self, header: str | None) -> bool:
+        try:
+            name = urlsplit(f"//{header}").hostname or ""
+        except ValueError:
+            return False
+        return name in self.names or name.endswith(".gradio.live")
+
+
 def check_exposure(settings: Settings) -> None:
     """Raise InputError when strangers could use the machine without a password and nobody insisted."""
     if is_exposed(settings) and not (settings.auth or settings.no_password or settings.space_id):
@@ -704,9 +738,9 @@ def launch(
     close_urls()
     page = build_page(engine)
     page.queue(api_open=False)
-    # Against DNS rebinding: a page elsewhere must not reach us under a name of its own.
-    local = _is_loopback(settings.host) and not settings.space_id
-    hosts = ["localhost", "127.0.0.1", settings.host, "*.gradio.live"] if local else ["*"]
+    middleware = [Middleware(NoSniff)]
+    if _is_loopback(settings.host) and not settings.space_id:
+        middleware.insert(0, Middleware(OwnNames, host=settings.host))
 
     @asynccontextmanager
     async def lifespan(app: Any) -> AsyncIterator[None]:
@@ -720,7 +754,7 @@ def launch(
         auth=tuple(settings.auth.get_secret_value().split(":", 1)) if settings.auth else None,  # type: ignore[arg-type]
         app_kwargs={
             "routes": [*routes],
-            "middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=hosts), Middleware(NoSniff)],
+            "middleware": middleware,
             "lifespan": lifespan,
         },
         prevent_thread_lock=True,
