@@ -2,7 +2,7 @@
 
 What becomes of text, style and content tokens in the last one is dropped right after, in diffusers' code as
 in the official one: here they are keys and values alone, and only the picture's come out. On a CPU the others
-make fewer passes over their tokens.
+make fewer passes over their tokens; elsewhere the single ones hold less at once.
 """
 
 from collections.abc import Iterator
@@ -35,8 +35,13 @@ def lean_blocks(transformer: FluxTransformer2DModel, latents: Tensor) -> Iterato
     *others, last = transformer.single_transformer_blocks
     forwards: dict[Any, Any] = {}
     for block in (*transformer.transformer_blocks, *others):
-        if _unchanged(block, CPUAttnProcessor) and block._compiled_call_impl is None:
-            forwards[block] = _forward_double if type(block) is FluxTransformerBlock else _forward
+        if block._compiled_call_impl is not None:
+            continue
+        single = type(block) is FluxSingleTransformerBlock
+        if _unchanged(block, CPUAttnProcessor):
+            forwards[block] = _forward_single if single else _forward_double
+        elif single and _unchanged(block, FluxAttnProcessor):
+            forwards[block] = _forward_holding_less
     if _unchanged(last, FluxAttnProcessor, CPUAttnProcessor):
         last.latents = latents  # a number would be a constant of a compiled block
         forwards[last] = _forward_last
@@ -91,7 +96,7 @@ def _scale_and_shift(norm: nn.LayerNorm, tokens: Tensor, scale: Tensor, shift: T
     return F.layer_norm(tokens, norm.normalized_shape, 1 + scale[0], shift[0], norm.eps)
 
 
-def _forward(
+def _forward_single(
     block: Any,
     hidden_states: Tensor,
     encoder_hidden_states: Tensor,
@@ -107,6 +112,29 @@ def _forward(
     output = torch.addcmul(
         tokens, gate, _project(block.proj_out, attended, linear_gelu(block.proj_mlp, normed))
     )
+    return output[:, :text], output[:, text:]
+
+
+def _forward_holding_less(
+    block: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    temb: Tensor,
+    image_rotary_emb: tuple[Tensor, Tensor],
+    joint_attention_kwargs: dict[str, Any] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """diffusers' own to the bit: the MLP after attention, and neither is kept beside the two joined."""
+    text = encoder_hidden_states.shape[1]
+    tokens = torch.cat([encoder_hidden_states, hidden_states], dim=1)  # (B, T + N, hidden)
+    normed, gate = block.norm(tokens, emb=temb)
+    joined = torch.cat(
+        [
+            block.attn(hidden_states=normed, image_rotary_emb=image_rotary_emb),
+            block.act_mlp(block.proj_mlp(normed)),
+        ],
+        dim=2,
+    )
+    output = block.proj_out(joined).mul_(gate.unsqueeze(1)).add_(tokens)
     return output[:, :text], output[:, text:]
 
 

@@ -183,7 +183,7 @@ class Footprint:
     def peak(self, memory: MemoryMode, picture: Picture = Picture(), *, turbo: bool = False) -> int:
         """Most bytes on the device while `picture` is drawn. An estimate: see `HEADROOM`."""
         beside = dict.fromkeys(self.parts, 0)
-        beside["transformer"] = self.transformer_activations(picture, turbo=turbo)
+        beside["transformer"] = self.transformer_activations(picture, memory, turbo=turbo)
         beside["vae"] = self.vae_activations(picture)
         return self._most(memory, beside) + HEADROOM
 
@@ -206,10 +206,13 @@ class Footprint:
         kind = "staged" if memory == "staged" else "streamed"
         return max(getattr(part, kind) + beside[name] for name, part in self.parts.items())
 
-    def transformer_activations(self, picture: Picture, *, turbo: bool) -> int:
-        # The peak is in a block's rotary embedding: residual, norm, MLP (4), q, k and v are held, and four
-        # float32 copies of q, or six of its own kind. turbo keeps three more states of the sequence.
-        numbers = max(9 * self.itemsize + 4 * 4, 15 * self.itemsize) + 3 * turbo * self.itemsize
+    def transformer_activations(self, picture: Picture, memory: MemoryMode, *, turbo: bool) -> int:
+        # A block's rotary embedding holds the tokens before and in it, norm, q, k and v, and four float32
+        # copies of q; joining attention and MLP (4) holds both twice. Blocks that `lean_blocks` leaves alone
+        # have the MLP meanwhile, too, or what they joined. turbo keeps three more states of the sequence.
+        numbers = max(6 * self.itemsize + 4 * 4, 13 * self.itemsize)
+        if turbo or memory == "offload":
+            numbers = max(9 * self.itemsize + 4 * 4, 15 * self.itemsize) + 3 * turbo * self.itemsize
         return len(self.windows(picture)) * self.tokens(picture) * self.hidden * numbers
 
     def vae_activations(self, picture: Picture) -> int:
