@@ -101,10 +101,8 @@ class Device:
 
     @property
     def in_use(self) -> int:
-        """Bytes now, of those whose peak `Drawn` tells; on a CPU what earlier pictures needed may be kept."""
-        if self.device.type == "cuda":
-            return torch.cuda.memory_allocated(self.device)
-        return _of_process("VmRSS") or 0
+        """Bytes of the process, which may keep what earlier pictures needed; 0 on a GPU, which does not."""
+        return 0 if self.device.type == "cuda" else _of_process("VmRSS") or 0
 
     def demand(self, work: Work, sizes: Sizes) -> Demand:
         """What a picture asks of the model; `work` need not hold the pictures that `sizes` tells of."""
