@@ -282,7 +282,9 @@ def write_shard(
 
 
 def pool_contents(names: list[str], split: str) -> Contents:
-    """What a split of random drawings draws from."""
+    """What a split draws from."""
+    if split == "named":
+        return NamedContents(names)
     return VariedContents(names, unseen=False) if split == "train" else Contents(names, unseen=True)
 
 
@@ -291,7 +293,7 @@ def make_shard(job: tuple[str, int, int, list[str]]) -> int:
     split, number, count, names = job
     cv2.setNumThreads(1)
     families = [name for name in FAMILIES if (name in HELD_OUT_FAMILIES) == (split == "families")]
-    contents = NamedContents(names) if split == "named" else pool_contents(names, split)
+    contents = pool_contents(names, split)
 
     def draw(i: int, rng: np.random.Generator) -> tuple[str, str, Rows]:
         return draw_set(rng, contents, families[(number * 7 + i) % len(families)])

@@ -5,7 +5,7 @@ in the official one: here they are keys and values alone, and only the picture's
 make fewer passes over their tokens; elsewhere the single ones hold less at once.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any
@@ -96,36 +96,42 @@ def _scale_and_shift(norm: nn.LayerNorm, tokens: Tensor, scale: Tensor, shift: T
     return F.layer_norm(tokens, norm.normalized_shape, 1 + scale[0], shift[0], norm.eps)
 
 
+def _single(compute: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """A single block's forward by what `compute` makes of both streams' tokens `(B, T + N, hidden)`."""
+
+    def forward(
+        block: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        image_rotary_emb: tuple[Tensor, Tensor],
+        joint_attention_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        text = encoder_hidden_states.shape[1]
+        tokens = torch.cat([encoder_hidden_states, hidden_states], dim=1)
+        output = compute(block, tokens, temb, image_rotary_emb)
+        return output[:, :text], output[:, text:]
+
+    return forward
+
+
+@_single
 def _forward_single(
-    block: Any,
-    hidden_states: Tensor,
-    encoder_hidden_states: Tensor,
-    temb: Tensor,
-    image_rotary_emb: tuple[Tensor, Tensor],
-    joint_attention_kwargs: dict[str, Any] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """diffusers' `FluxSingleTransformerBlock.forward`, with fewer passes over the tokens."""
-    text = encoder_hidden_states.shape[1]
-    tokens = torch.cat([encoder_hidden_states, hidden_states], dim=1)  # (B, T + N, hidden)
+    block: Any, tokens: Tensor, temb: Tensor, image_rotary_emb: tuple[Tensor, Tensor]
+) -> Tensor:
+    """diffusers' own, with fewer passes over the tokens."""
     normed, gate = _modulate(block.norm, tokens, temb)
     attended = block.attn(hidden_states=normed, image_rotary_emb=image_rotary_emb)
-    output = torch.addcmul(
+    return torch.addcmul(
         tokens, gate, _project(block.proj_out, attended, linear_gelu(block.proj_mlp, normed))
     )
-    return output[:, :text], output[:, text:]
 
 
+@_single
 def _forward_holding_less(
-    block: Any,
-    hidden_states: Tensor,
-    encoder_hidden_states: Tensor,
-    temb: Tensor,
-    image_rotary_emb: tuple[Tensor, Tensor],
-    joint_attention_kwargs: dict[str, Any] | None = None,
-) -> tuple[Tensor, Tensor]:
+    block: Any, tokens: Tensor, temb: Tensor, image_rotary_emb: tuple[Tensor, Tensor]
+) -> Tensor:
     """diffusers' own to the bit: the MLP after attention, and neither is kept beside the two joined."""
-    text = encoder_hidden_states.shape[1]
-    tokens = torch.cat([encoder_hidden_states, hidden_states], dim=1)  # (B, T + N, hidden)
     normed, gate = block.norm(tokens, emb=temb)
     joined = torch.cat(
         [
@@ -134,8 +140,8 @@ def _forward_holding_less(
         ],
         dim=2,
     )
-    output = block.proj_out(joined).mul_(gate.unsqueeze(1)).add_(tokens)
-    return output[:, :text], output[:, text:]
+    output: Tensor = block.proj_out(joined).mul_(gate.unsqueeze(1)).add_(tokens)
+    return output
 
 
 def _project(layer: Any, attended: Tensor, mlp: Tensor) -> Tensor:
