@@ -62,6 +62,21 @@ def test_shipped_weights_still_know_words(
             assert value >= recorded["words"][kind][metric] - 3 / len(named.names), (kind, metric)
 
 
+def test_rows_picked_from_a_set_score_as_they_do_in_it(
+    both: dict[str, judges.Judge], examples: dict[str, evaluate.Examples]
+) -> None:
+    looks, rows = examples["looks"], np.array([7, 2, 11, 3])
+    picked = evaluate.pick(looks, rows)
+    for copied in ("truth", "style", "content"):
+        pictures = getattr(looks, copied)
+        alone = evaluate.score(both, pictures[rows], picked)
+        style = evaluate.found(both["style"].embed(pictures) @ looks.gallery_styles.T)
+        subject = evaluate.found(both["subject"].embed(pictures) @ looks.gallery_subjects.T)
+        assert alone["style"] == style[rows].mean()
+        assert alone["subject"] == subject[rows].mean()
+    assert alone["psnr"] < evaluate.score(both, looks.truth[rows], picked)["psnr"] == 60
+
+
 def test_two_styles_mix(both: dict[str, judges.Judge], examples: dict[str, evaluate.Examples]) -> None:
     """Drawn in both, a subject is nearer to each of the looks than when it is drawn in the other alone."""
     looks, pipeline = examples["looks"], evaluate.load_pipeline(NANO)

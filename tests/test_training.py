@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from unittest import mock
 
@@ -257,35 +258,38 @@ def test_the_reward_asks_for_look_and_subject_as_much_as_the_slider(
     losses = {}
     for slider in (1.0, 3.0, 5.0):
         monkeypatch.setattr(train, "random_slider", lambda count, _, at=slider: torch.full((count,), at))
-        monkeypatch.setattr(train, "drawn", lambda _, batch, *levels: torch.randn_like(batch.target))
         for used in (None, network):
             torch.manual_seed(0)
-            losses[slider, used is not None] = train.drawn_loss(nano, batch, nano, used).item()
+            losses[slider, used is not None] = train.drawn_loss(nano, batch, used).item()
     added = [losses[slider, True] - losses[slider, False] for slider in (1.0, 3.0, 5.0)]
     assert added[0] == 0
     assert added[1] == pytest.approx(added[2] / 2, rel=1e-3)
     assert added[2] > 0
 
 
-def test_noise_is_led_by_the_teacher_to_the_level_asked_for() -> None:
-    clean, sigma = torch.randn(2, 16, 16, 16), torch.tensor([0.1, 0.9])
-    levels = []
+def test_what_is_drawn_is_compared_with_the_picture_at_each_step() -> None:
+    """A model off by one everywhere has that loss, and is led from noise to what it predicts."""
+    clean, levels = torch.randn(2, 16, 16, 16), []
 
     def velocity(latents: torch.Tensor, now: torch.Tensor, *_: object, **conditions: object) -> torch.Tensor:
         levels.append(now)
-        assert conditions["encoded"] is teacher.encode.return_value
-        return train.pack_latents((latents - clean) / now[:, None, None, None])
+        assert conditions["encoded"] is model.encode.return_value
+        at = now[:, None, None, None]
+        torch.testing.assert_close(latents, (clean + 1).lerp(noise, at), atol=1e-5, rtol=1e-5)
+        return train.pack_latents((latents - clean - 1) / at)
 
-    teacher = mock.Mock(side_effect=velocity)
+    model = mock.Mock(side_effect=velocity)
     torch.manual_seed(0)
+    train.random_slider(2, clean.device)
     noise = torch.randn_like(clean)
     torch.manual_seed(0)
     batch = train.Batch(target=clean, content=None, style=None, prompts=["", ""])
-    led = train.drawn(teacher, batch, sigma, torch.full((2,), 4.0))
-    torch.testing.assert_close(led, clean.lerp(noise, sigma[:, None, None, None]), atol=1e-5, rtol=1e-5)
-    expected = torch.tensor([[1, 1], [0.775, 0.975], [0.55, 0.95], [0.325, 0.925]])
-    torch.testing.assert_close(torch.stack(levels), expected)
-    teacher.encode.assert_called_once_with(batch.style, batch.prompts)
+    loss = train.drawn_loss(model, batch, None)
+    assert loss.item() == pytest.approx(train.PARTS + train.COLOURS, rel=1e-4)
+    model.encode.assert_called_once_with(batch.style, batch.prompts)
+    assert len(levels) == train.DRAWN
+    assert levels[0].tolist() == [1, 1]
+    assert all((then < now).all() for now, then in pairwise(levels))
 
 
 def test_a_batch_is_learned_where_the_model_is(cache: Path) -> None:
@@ -302,7 +306,7 @@ def test_a_batch_is_learned_where_the_model_is(cache: Path) -> None:
         right=torch.tensor([0, 2]),
         named=torch.tensor([-1, 4]),
     ).to(meta)
-    for loss in (train.loss_of(nano, batch, nano), train.drawn_loss(nano, batch, nano, network)):
+    for loss in (train.loss_of(nano, batch, nano), train.drawn_loss(nano, batch, network)):
         assert loss.device == meta
         loss.backward()
     style_pictures = torch.zeros(4, 3, 128, 128, device=meta)

@@ -13,6 +13,7 @@ then
 
 beside the truth itself, copies of the content and of the style, the style's means and deviations of colour
 given to the content (Reinhard et al., 2001), and Magenta's arbitrary style network (Ghiasi et al., 2017).
+Of the first set, "looks told" are those whose style picture shows the look's ground, on which the truth is.
 GALLERY is such that the truth finds itself about nine times in ten and a copy hardly more often than by
 chance (5 in GALLERY). A fifth set, "words", has no content picture: prompts name subjects of the training,
 alone and beside a style picture of the first set, and the subject judge has to find the right one of GALLERY
@@ -97,7 +98,10 @@ class Named:
 
 
 def draw_set(name: str) -> dict[str, np.ndarray]:
-    """Draw a set: its arrays, with `others` (N, OTHERS, 128, 128, 3) in place of the gallery."""
+    """Draw a set: its arrays, `others` (N, OTHERS, 128, 128, 3) in place of the gallery; bool `told` (N,).
+
+    `told`: truth and style picture are on the look's ground, and neither on one of its own.
+    """
     from training.painterly import Painter, draw_painting  # needs onnxruntime, which the small part does not
 
     cv2.setNumThreads(1)
@@ -109,7 +113,7 @@ def draw_set(name: str) -> dict[str, np.ndarray]:
     subjects = np.random.default_rng((SEED, stream)).permutation(contents.names)[: SETS[name]]
     if name == "photographs":
         subjects = np.resize(contents.subject_photos, SETS[name])
-    rows = []
+    rows, told = [], []
     for i, subject in enumerate(tqdm(subjects, desc=name)):
         rng = np.random.default_rng((SEED, stream, i))
         pictures: list[tuple[np.ndarray, np.ndarray]] = []
@@ -132,11 +136,12 @@ def draw_set(name: str) -> dict[str, np.ndarray]:
             grounds = [contents.ground(rng, rgba) for rgba in drawings]
             pictures = [(content, draw(seen, seed=int(rng.integers(2**31)))) for content, seen in grounds]
         rows.append((pictures[0][0], *(target for _, target in pictures)))
+        told.append(all(seen[..., 3].min() < 255 for _, seen in grounds[:2]))
     arrays = np.array(rows)  # (N, 3 + OTHERS, H, W, 3)
     magenta = [painter.imitate(row[0], row[2]) for row in arrays]
     return {
         "content": arrays[:, 0], "truth": arrays[:, 1], "style": arrays[:, 2], "others": arrays[:, 3:],
-        "magenta": np.stack(magenta), "subjects": subjects,
+        "magenta": np.stack(magenta), "subjects": subjects, "told": np.array(told),
     }  # fmt: skip
 
 
@@ -169,6 +174,14 @@ def draw_named() -> dict[str, np.ndarray]:
     return {"names": names, "plain": np.array(plain)}
 
 
+def pick(examples: Examples, rows: np.ndarray) -> Examples:
+    """Some rows of a set, in the whole gallery."""
+    gallery = np.concatenate([rows, np.setdiff1d(np.arange(GALLERY), rows)])
+    return Examples(
+        **{name: array[gallery if "gallery" in name else rows] for name, array in vars(examples).items()}
+    )
+
+
 def describe(judge: Judge, others: np.ndarray) -> np.ndarray:
     """Looks or subjects (N, E) from pictures of each, (N, OTHERS, 128, 128, 3)."""
     vectors = judge.embed(others.reshape(-1, *others.shape[2:]))
@@ -185,6 +198,7 @@ def load_examples(judges: dict[str, Judge]) -> dict[str, Examples]:
     examples = {}
     for name in SETS:
         arrays = load_set(name)
+        del arrays["told"]
         missing = GALLERY - len(arrays["content"])
         plain = distractors(missing) if name == "photographs" else contents[:missing, 0]
         styles = describe(judges["style"], arrays.pop("others"))
@@ -409,6 +423,11 @@ def main() -> None:
     scores, results = evaluate(pipeline, judges, examples)
     if a.small:
         scores["all"] = overall(scores, SMALL)
+    else:
+        rows = np.flatnonzero(load_set("looks")["told"])
+        told = pick(examples["looks"], rows)
+        pictures = baselines(told, len(rows)) | {"nano": results["looks"][rows]}
+        scores["looks told"] = {method: score(judges, pictures[method], told) for method in METHODS}
     named = load_small_named() if a.small else load_named(judges["subject"])
     if a.controls:
         looks = examples["looks"]

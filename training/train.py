@@ -2,10 +2,10 @@
 
 Resumes from its checkpoint; a new run starts from the encoders that `training.style` and `training.words`
 have trained, or, by `--init assets/nano`, from shipped weights. Needs the latents. Rectified flow: noise and
-conditions to the velocity, over a mix of condition kinds. In a quarter of the steps it learns its own guided
-velocity, so that one pass at inference does what two would, and to mix two looks; in half of them, on the
-way that it draws itself, the true colours, and, with `training.reward`'s network, that look and subject asked
-for are found there, the more the guidance is turned up.
+conditions to the velocity, over a mix of condition kinds. Then in a quarter of the steps it learns its own
+guided velocity, so that one pass at inference does what two would, and to mix two looks; in the others, on
+the way that it draws itself, the true picture, and, with `training.reward`'s network, that look and subject
+asked for are found there, the more the guidance is turned up.
 """
 
 import json
@@ -56,21 +56,22 @@ TOKENIZERS = CACHE / "tokenizers"
 # "look" is the look in words. Without style and look the target is the plain picture. By "text" the prompt
 # alone tells the subject, which is always drawn alike: of all its drawings the mean would be a blur.
 KINDS = {
-    "content + style": 0.55,
+    "content + style": 0.68,
     "content + 2 styles": 0.06,
-    "style + text": 0.19,
+    "style + text": 0.12,
     "content + look": 0.03,
     "content": 0.01,
-    "text": 0.11,
-    "text + look": 0.05,
+    "text": 0.07,
+    "text + look": 0.03,
 }
-TURNS = ("plain", "drawn", "guided", "drawn")  # what the steps learn, one after the other
+TURNS = ("drawn", "drawn", "guided", "drawn")  # what the steps learn, one after the other
 MIXED = 0.1  # of the batches that learn guidance: two style pictures of different looks
-DRAWN = 4  # steps of the teacher's that lead from noise to where the reward looks
-COLOURS = 1.5  # weight of the colours there
-REWARD = 0.05  # its weight at the end of the slider
+DRAWN = 3  # steps that lead from noise to the picture, where it learns what it draws itself
+PARTS = 0.5  # weight of the squared error there
+COLOURS = 1.5  # and of that of colours
+REWARD = 0.1  # its weight at the end of the slider
 TEXTURE = 20.0  # beside finding the look: its texture as in the true picture; a gradient twice as large
-SAME = 0.35  # of the style pictures beside content: a part of the one to be drawn
+SAME = 0.2  # of the style pictures beside content: a part of the one to be drawn
 SHEETS = 0.15  # of the others: four subjects in the look on one sheet, not one subject
 RELOAD = 100  # steps
 SLIDER = (1.0, 5.0)  # `guidance_scale` as the user gives it
@@ -371,52 +372,52 @@ def random_slider(count: int, device: torch.device) -> Tensor:
     return SLIDER[0] + (SLIDER[1] - SLIDER[0]) * torch.rand(count, device=device).sqrt()
 
 
-@torch.no_grad()
-def drawn(teacher: Nano, batch: Batch, sigma: Tensor, slider: Tensor) -> Tensor:
-    """Pure noise that the teacher has led to noise levels `sigma` `(B,)`: latents `(B, 16, h, w)`."""
-    latents, now = torch.randn_like(batch.target), torch.ones_like(sigma)
-    encoded = teacher.encode(batch.style, batch.prompts)
-    for left in range(DRAWN, 0, -1):
-        then = torch.lerp(now, sigma, 1 / left)
-        velocity = teacher(latents, now, slider, **batch.conditions, encoded=encoded)
-        velocity = unpacked(velocity, like=latents)
-        latents, now = latents + (then - now)[:, None, None, None] * velocity, then
-    return latents
-
-
 def unpacked(tokens: Tensor, *, like: Tensor) -> Tensor:
     """Tokens `(B, N, 64)` as latents of the shape of `like`."""
     return unpack_latents(tokens.float(), height=8 * like.shape[2], width=8 * like.shape[3])
 
 
-def drawn_loss(model: Nano, batch: Batch, teacher: Nano, reward: Reward | None) -> Tensor:
-    """How far the picture predicted on the way that the teacher draws is from the true one.
+def drawn_loss(model: Nano, batch: Batch, reward: Reward | None) -> Tensor:
+    """How far what is predicted at each of DRAWN steps of its own, from pure noise on, is from the picture.
 
-    There no trace of the true picture helps, as there is in noise mixed with it. Compared are colours of 16
-    pixels square, for finer parts would be blurred; with a reward also texture, and whether look and subject
-    that only style picture and prompt tell are found, the more guidance is asked for.
+    There no trace of the true picture helps, as there is in noise mixed with it. Counted are the squared
+    error, most of all that of colours 16 pixels square, for finer parts would be blurred; with a reward also
+    texture, and whether look and subject that only style picture and prompt tell are found, the more
+    guidance is asked for.
     """
     clean = batch.target
-    sigma = 0.1 + 0.9 * torch.rand(len(clean), device=clean.device)
     slider = random_slider(len(clean), clean.device)
-    latents = drawn(teacher, batch, sigma, slider)
-    output = model(latents, sigma, slider, **batch.conditions)
-    predicted = latents - sigma[:, None, None, None] * unpacked(output, like=latents)
-    loss = COLOURS * F.mse_loss(F.avg_pool2d(predicted, 2), F.avg_pool2d(clean, 2))
-    if reward is None or (batch.looks is None and batch.named is None):
-        return loss
+    encoded = model.encode(batch.style, batch.prompts)
+    latents, sigma = torch.randn_like(clean), torch.ones_like(slider)
+    losses = []
+    for step in range(1, DRAWN + 1):
+        output = model(latents, sigma, slider, **batch.conditions, encoded=encoded)
+        velocity = unpacked(output, like=latents)
+        predicted = latents - sigma[:, None, None, None] * velocity
+        losses.append(PARTS * F.mse_loss(predicted, clean))
+        losses.append(COLOURS * F.mse_loss(F.avg_pool2d(predicted, 2), F.avg_pool2d(clean, 2)))
+        if reward is not None and (batch.looks is not None or batch.named is not None):
+            highest = guidance_weight(torch.tensor(SLIDER[1]), torch.tensor(0.0))
+            asked = (guidance_weight(slider, sigma) - 1) / (highest - 1)
+            losses.append(REWARD * (asked * missed(reward, predicted, batch)).mean())
+        then = 1 - (step - torch.rand_like(sigma)) / (DRAWN - 1)
+        latents = (latents + (then - sigma)[:, None, None, None] * velocity).detach()
+        sigma = then
+    return torch.stack(losses).sum() / DRAWN
+
+
+def missed(reward: Reward, predicted: Tensor, batch: Batch) -> Tensor:
+    """What the reward misses in predicted latents, `(B,)`: look and its texture, and a named subject."""
     look, subject, texture = reward(predicted)
-    missed = torch.zeros_like(slider)
+    lost = torch.zeros(len(predicted), device=predicted.device)
     if batch.looks is not None and batch.right is not None:
         with torch.no_grad():
-            right = reward(clean)[2]
-        missed += reward.look_loss(look, batch.looks, batch.right)
-        missed += TEXTURE * F.smooth_l1_loss(texture, right, reduction="none").mean(1)
+            right = reward(batch.target)[2]
+        lost += reward.look_loss(look, batch.looks, batch.right)
+        lost += TEXTURE * F.smooth_l1_loss(texture, right, reduction="none").mean(1)
     if batch.named is not None:
-        missed += reward.subject_loss(subject, batch.named)
-    highest = guidance_weight(torch.tensor(SLIDER[1]), torch.tensor(0.0))
-    asked = (guidance_weight(slider, sigma) - 1) / (highest - 1)
-    return loss + REWARD * (asked * missed).mean()
+        lost += reward.subject_loss(subject, batch.named)
+    return lost
 
 
 def prepare_tokenizers(init: Path | None) -> None:
@@ -474,11 +475,11 @@ def train(
         # the same in all processes: they wait for each other, and some kinds take twice as long as others
         kind = draw_kind(np.random.default_rng((seed, run.step)), guided=turn == "guided")
         batch = draw_batch(shards, kind, rng, size)
-        if turn != "plain":
+        if turn == "guided":
             teacher.load_state_dict(dict(zip(names, run.average, strict=True)), strict=False)
         with autocast():
             if turn == "drawn":
-                loss = drawn_loss(model, batch, teacher, reward)
+                loss = drawn_loss(model, batch, reward)
             else:
                 loss = loss_of(model, batch, teacher if turn == "guided" else None)
         run.update(loss)
