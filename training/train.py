@@ -389,6 +389,9 @@ def drawn_loss(model: Nano, batch: Batch, reward: Reward | None) -> Tensor:
     slider = random_slider(len(clean), clean.device)
     encoded = model.encode(batch.style, batch.prompts)
     latents, sigma = torch.randn_like(clean), torch.ones_like(slider)
+    highest = guidance_weight(torch.tensor(SLIDER[1]), torch.tensor(0.0))
+    with torch.no_grad():
+        texture = None if reward is None or batch.looks is None else reward(clean)[2]
     losses = []
     for step in range(1, DRAWN + 1):
         output = model(latents, sigma, slider, **batch.conditions, encoded=encoded)
@@ -397,24 +400,24 @@ def drawn_loss(model: Nano, batch: Batch, reward: Reward | None) -> Tensor:
         losses.append(PARTS * F.mse_loss(predicted, clean))
         losses.append(COLOURS * F.mse_loss(F.avg_pool2d(predicted, 2), F.avg_pool2d(clean, 2)))
         if reward is not None and (batch.looks is not None or batch.named is not None):
-            highest = guidance_weight(torch.tensor(SLIDER[1]), torch.tensor(0.0))
             asked = (guidance_weight(slider, sigma) - 1) / (highest - 1)
-            losses.append(REWARD * (asked * missed(reward, predicted, batch)).mean())
+            losses.append(REWARD * (asked * missed(reward, predicted, batch, texture)).mean())
         then = 1 - (step - torch.rand_like(sigma)) / (DRAWN - 1)
         latents = (latents + (then - sigma)[:, None, None, None] * velocity).detach()
         sigma = then
     return torch.stack(losses).sum() / DRAWN
 
 
-def missed(reward: Reward, predicted: Tensor, batch: Batch) -> Tensor:
-    """What the reward misses in predicted latents, `(B,)`: look and its texture, and a named subject."""
+def missed(reward: Reward, predicted: Tensor, batch: Batch, true_texture: Tensor | None) -> Tensor:
+    """What the reward misses in predicted latents, `(B,)`: look and its texture, and a named subject.
+
+    `true_texture`: `(B, F)`, that of the true pictures, where a look is asked for.
+    """
     look, subject, texture = reward(predicted)
     lost = torch.zeros(len(predicted), device=predicted.device)
-    if batch.looks is not None and batch.right is not None:
-        with torch.no_grad():
-            right = reward(batch.target)[2]
+    if batch.looks is not None and batch.right is not None and true_texture is not None:
         lost += reward.look_loss(look, batch.looks, batch.right)
-        lost += TEXTURE * F.smooth_l1_loss(texture, right, reduction="none").mean(1)
+        lost += TEXTURE * F.smooth_l1_loss(texture, true_texture, reduction="none").mean(1)
     if batch.named is not None:
         lost += reward.subject_loss(subject, batch.named)
     return lost
