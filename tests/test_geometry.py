@@ -53,3 +53,4 @@ def test_an_unknown_offset_is_named() -> None:
 def test_the_schedule_s_shift_at_1024_is_that_of_64_tokens() -> None:
     assert schedule_tokens(width=1024, height=1024) == 64
     assert schedule_mu(width=1024, height=1024) == pytest.approx(0.4675)
+    assert schedule_mu(width=1024, height=1024, base_shift=2.5, max_shift=2.5) == 2.5

@@ -1,6 +1,7 @@
 """The road to assets/nano, each command for a step or two on a tiny pool: trains, resumes, exports, loads."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -16,7 +17,21 @@ import torch.distributed as dist
 from diffusers.models.embeddings import apply_rotary_emb
 from PIL import Image
 
-from training import ablate, cpu, export, latents, loop, reward, style, text, train, vae, words
+from training import (
+    ablate,
+    cpu,
+    decoder,
+    export,
+    latents,
+    loop,
+    models,
+    reward,
+    style,
+    text,
+    train,
+    vae,
+    words,
+)
 from training.pool import PICTURES
 from uso.model.pipeline import USOPipeline
 
@@ -26,7 +41,7 @@ ONE_STEP = 1e-9  # minutes: over when the first step is done
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A pool of two shards of two looks each, and a group of this process alone."""
-    for module in (vae, latents, text, style, reward, train, export, ablate, words):
+    for module in (vae, latents, text, style, reward, train, decoder, export, ablate, words):
         for name, path in (
             ("POOL", "pool"),
             ("LATENTS", "latents"),
@@ -39,12 +54,18 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             monkeypatch.setattr(module, name, tmp_path / path, raising=False)
     for module in (train, export):
         monkeypatch.setattr(module, "CHECKPOINT", tmp_path / "nano.pt")
+    for module in (decoder, export):
+        monkeypatch.setattr(module, "DECODER_CHECKPOINT", tmp_path / "decoder.pt")
     monkeypatch.setattr(style, "CHECKPOINT", tmp_path / "style.pt")
     for module in (train, ablate):
         monkeypatch.setattr(module, "STYLE_CHECKPOINT", tmp_path / "style.pt")
     for module in (train, words):
         monkeypatch.setattr(module, "WORDS_CHECKPOINT", tmp_path / "words.pt")
-    for module, name in ((reward, "CHECKPOINT"), (train, "REWARD_CHECKPOINT")):
+    for module, name in (
+        (reward, "CHECKPOINT"),
+        (train, "REWARD_CHECKPOINT"),
+        (decoder, "REWARD_CHECKPOINT"),
+    ):
         monkeypatch.setattr(module, name, tmp_path / "reward.pt")
     monkeypatch.setattr(ablate, "FOLDER", tmp_path)
     looks = [{"id": i, "family": "halftone", "words": "halftone, navy and cream"} for i in range(2)]
@@ -92,9 +113,12 @@ def test_every_step_from_pool_to_picture(cache: Path) -> None:
     torch.testing.assert_close(pipeline.transformer.proj_out.weight, trained, atol=1e-4, rtol=1e-3)
     picture = Image.new("RGB", (64, 64), "red")
     drawn = pipeline(
-        "a cat", content_image=picture, style_images=picture, height=512, width=512, num_inference_steps=1
+        "a cat", content_image=picture, style_images=picture, height=512, width=512, num_inference_steps=4
     )
     assert drawn.images[0].size == (512, 512)
+    t = torch.linspace(1, 0, 5)
+    shifted = math.exp(models.SHIFT) * t / (1 + (math.exp(models.SHIFT) - 1) * t)
+    torch.testing.assert_close(pipeline.scheduler.sigmas, shifted)
 
     # a new run goes on from the export, with its tokenizers
     train.CHECKPOINT.unlink()
@@ -113,6 +137,35 @@ def test_every_step_from_pool_to_picture(cache: Path) -> None:
     torch.save(state, train.CHECKPOINT)
     mixed = export.build_pipeline(folder, share=0.5).transformer.proj_out.weight
     torch.testing.assert_close(mixed, 2 * trained, atol=1e-4, rtol=1e-3)
+
+
+def test_the_decoder_learns_to_show_what_is_drawn(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It alone changes, and is exported."""
+    monkeypatch.setattr(decoder, "DRAWN_AT_ONCE", 4)
+    vae.train(ONE_STEP, 4, 1e-3, vae.CHECKPOINT, 0)
+    latents.encode_pool()
+    latents.write_scale()
+    text.build_tokenizers(train.TOKENIZERS)
+    export.export(cache / "before")
+    decoder.train(ONE_STEP, 2, 1e-3, cache / "before", decoder.DECODER_CHECKPOINT, 0)
+    export.export(cache / "after")
+    before, after = (
+        USOPipeline.from_pretrained(cache / name, dtype=torch.float32) for name in ("before", "after")
+    )
+    for part in ("vae", "transformer", "image_encoder"):
+        known = dict(before.components[part].named_parameters())
+        for name, weight in after.components[part].named_parameters():
+            assert name.startswith("decoder.") or torch.equal(weight, known[name])
+    trained, known = (pipeline.vae.decoder.conv_out.weight for pipeline in (after, before))
+    assert not torch.equal(trained, known)
+    half = export.build_pipeline(cache / "before", share=0.5).vae.decoder.conv_out.weight
+    torch.testing.assert_close(half, (trained + known) / 2, atol=1e-4, rtol=1e-3)
+
+
+def test_a_decoded_picture_counts_by_decibels_pixels_and_edges() -> None:
+    pixels = torch.rand(2, 3, 128, 128) - 0.5
+    near, far = (decoder.shown_loss(pixels + off, pixels).item() for off in (0.01, 0.1))
+    assert far - near == pytest.approx(20 * decoder.DECIBELS + 0.09, rel=1e-3)  # tenfold; no edge differs
 
 
 def test_training_calls_the_model_as_the_pipeline_does(cache: Path) -> None:

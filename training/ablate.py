@@ -29,7 +29,7 @@ from training.evaluate import METRICS, SMALL, STEPS, load_small, overall, score
 from training.judges import load_judges
 from training.latents import LATENTS, encode_pictures, unit_normal
 from training.loop import autocast, averaged_weights, launch
-from training.models import NANO, build_style_path
+from training.models import NANO, SHIFT, build_style_path
 from training.pool import PICTURES, POOL, SIDE
 from training.style import train as align
 from training.train import (
@@ -43,7 +43,7 @@ from training.train import (
     train,
 )
 from training.vae import load_vae
-from uso.model.geometry import pack_latents, schedule_mu, unpack_latents
+from uso.model.geometry import pack_latents, unpack_latents
 from uso.model.scheduler import USOFlowMatchEulerScheduler
 
 FOLDER = CACHE / "ablation"
@@ -117,7 +117,7 @@ def run(name: str, *, minutes: float, init: Path) -> None:
 def draw(nano: Nano, content: Tensor, style: Tensor) -> Tensor:
     """Latents `(B, 16, 16, 16)` in STEPS steps from one noise, without guidance and words."""
     scheduler = USOFlowMatchEulerScheduler()
-    scheduler.set_timesteps(STEPS, mu=schedule_mu(width=SIDE, height=SIDE))
+    scheduler.set_timesteps(STEPS, mu=SHIFT)
     noise = torch.randn(1, 16, 16, 16, generator=torch.Generator().manual_seed(0))
     latents = noise.expand_as(content)
     for sigma, t in zip(scheduler.sigmas, scheduler.timesteps, strict=False):

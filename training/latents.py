@@ -39,6 +39,12 @@ def unit_normal(latents: np.ndarray) -> Tensor:
     return (raw - scale["shift_factor"]) * scale["scaling_factor"]
 
 
+def as_encoded(latents: Tensor) -> Tensor:
+    """Inverse of `unit_normal`."""
+    scale = json.loads((LATENTS / "scale.json").read_text())
+    return latents / scale["scaling_factor"] + scale["shift_factor"]
+
+
 def encode_shard(vae: AutoencoderKL, name: str) -> None:
     """Write one shard's latents, whole or not at all."""
     source, part = POOL / name, LATENTS / f".{name}.part"

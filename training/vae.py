@@ -18,6 +18,7 @@ from training.models import NANO, build_vae
 from training.pool import POOL
 
 CHECKPOINT = CACHE / "vae.pt"
+DECODER_CHECKPOINT = CACHE / "decoder.pt"  # of `training.decoder`
 KL_WEIGHT = 1e-3
 LOGVAR_RANGE = (-12.0, 4.0)
 
@@ -58,6 +59,11 @@ def encode(vae: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, Tensor]:
     return mean, logvar.clamp(*LOGVAR_RANGE)
 
 
+def is_kernel(parameter: Tensor) -> bool:
+    """Whether it is the kernel of a convolution between layers, which Muon trains."""
+    return parameter.ndim == 4 and min(parameter.shape[:2]) > 4
+
+
 def psnr(output: Tensor, target: Tensor) -> float:
     """Decibels for pictures in [-1, 1], the mean over the batch."""
     return float((10 * torch.log10(4 / (output.clamp(-1, 1) - target).square().mean((1, 2, 3)))).mean())
@@ -73,8 +79,8 @@ def train(minutes: float, batch: int, lr: float, checkpoint: Path, seed: int) ->
         for name in ("target.npy", "target.npy", "content.npy")
     ]
     vae = build_vae().to(device(), memory_format=torch.channels_last)
-    matrices = [p for p in vae.parameters() if p.ndim == 4 and min(p.shape[:2]) > 4]
-    others = [p for p in vae.parameters() if not (p.ndim == 4 and min(p.shape[:2]) > 4)]
+    matrices = [p for p in vae.parameters() if is_kernel(p)]
+    others = [p for p in vae.parameters() if not is_kernel(p)]
     run = Run(vae, MuonAdamW(matrices, others, lr), lr=lr, minutes=minutes, checkpoint=checkpoint)
     rng = data_rng(seed, run.step)
     while run.progress < 1:

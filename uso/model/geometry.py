@@ -27,10 +27,12 @@ def schedule_tokens(*, width: int, height: int) -> int:
     return (width // 8) * (height // 8) // SCHEDULE_LATENTS_PER_TOKEN
 
 
-def schedule_mu(*, width: int, height: int) -> float:
-    """Shift of the schedule, linear in `schedule_tokens`: 0.4675 at 1024x1024."""
-    slope = (MAX_SHIFT - BASE_SHIFT) / (MAX_TOKENS - BASE_TOKENS)
-    return BASE_SHIFT + slope * (schedule_tokens(width=width, height=height) - BASE_TOKENS)
+def schedule_mu(
+    *, width: int, height: int, base_shift: float = BASE_SHIFT, max_shift: float = MAX_SHIFT
+) -> float:
+    """Shift of the schedule, linear in `schedule_tokens`: 0.4675 at 1024x1024 by the official shifts."""
+    slope = (max_shift - base_shift) / (MAX_TOKENS - BASE_TOKENS)
+    return base_shift + slope * (schedule_tokens(width=width, height=height) - BASE_TOKENS)
 
 
 def pack_latents(latents: Tensor) -> Tensor:

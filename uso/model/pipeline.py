@@ -224,7 +224,12 @@ class USOPipeline(DiffusionPipeline, FluxLoraLoaderMixin):
 
             # 6. Prepare the timesteps
             window_width, window_height = windows.window
-            mu = schedule_mu(width=window_width, height=window_height)
+            mu = schedule_mu(
+                width=window_width,
+                height=window_height,
+                base_shift=self.scheduler.config.base_shift,
+                max_shift=self.scheduler.config.max_shift,
+            )
             self.scheduler.set_timesteps(num_inference_steps, device=device, mu=mu)
             guidance = None
             if self.transformer.config.guidance_embeds:
