@@ -61,11 +61,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.setattr(module, "STYLE_CHECKPOINT", tmp_path / "style.pt")
     for module in (train, words):
         monkeypatch.setattr(module, "WORDS_CHECKPOINT", tmp_path / "words.pt")
-    for module, name in (
-        (reward, "CHECKPOINT"),
-        (train, "REWARD_CHECKPOINT"),
-        (decoder, "REWARD_CHECKPOINT"),
-    ):
+    for module, name in ((reward, "CHECKPOINT"), (train, "REWARD_CHECKPOINT")):
         monkeypatch.setattr(module, name, tmp_path / "reward.pt")
     monkeypatch.setattr(ablate, "FOLDER", tmp_path)
     looks = [{"id": i, "family": "halftone", "words": "halftone, navy and cream"} for i in range(2)]
