@@ -13,7 +13,6 @@ on unseen looks, and the scores of `training.evaluate` on the pictures of the te
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from functools import partial
 from multiprocessing.pool import ThreadPool
@@ -25,12 +24,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from training.data import CACHE
-from training.evaluate import METRICS, SMALL, STEPS, load_small, overall, score
+from training.decoder import draw
+from training.evaluate import METRICS, SMALL, load_small, overall, score
 from training.judges import load_judges
-from training.latents import LATENTS, encode_pictures, unit_normal
+from training.latents import as_encoded, encode_pictures, unit_normal
 from training.loop import autocast, averaged_weights, launch
-from training.models import NANO, SHIFT, build_style_path
-from training.pool import PICTURES, POOL, SIDE
+from training.models import NANO, build_style_path
+from training.pool import PICTURES, POOL
 from training.style import train as align
 from training.train import (
     SLIDER,
@@ -43,8 +43,7 @@ from training.train import (
     train,
 )
 from training.vae import load_vae
-from uso.model.geometry import pack_latents, unpack_latents
-from uso.model.scheduler import USOFlowMatchEulerScheduler
+from uso.model.geometry import pack_latents
 
 FOLDER = CACHE / "ablation"
 STYLE_CHECKPOINT = FOLDER / "style.pt"
@@ -113,20 +112,6 @@ def run(name: str, *, minutes: float, init: Path) -> None:
     launch(train, left, 16, 1e-3, 1.0, init, checkpoint_of(name), 0, False, nano, shard, processes=1, seed=0)
 
 
-@torch.inference_mode()
-def draw(nano: Nano, content: Tensor, style: Tensor) -> Tensor:
-    """Latents `(B, 16, 16, 16)` in STEPS steps from one noise, without guidance and words."""
-    scheduler = USOFlowMatchEulerScheduler()
-    scheduler.set_timesteps(STEPS, mu=SHIFT)
-    noise = torch.randn(1, 16, 16, 16, generator=torch.Generator().manual_seed(0))
-    latents = noise.expand_as(content)
-    for sigma, t in zip(scheduler.sigmas, scheduler.timesteps, strict=False):
-        velocity = velocity_at(nano, latents, sigma, content, style)
-        unpacked = unpack_latents(velocity, width=SIDE, height=SIDE)
-        latents = scheduler.step(unpacked, t, latents, return_dict=False)[0]
-    return latents
-
-
 def velocity_at(nano: Nano, latents: Tensor, sigma: Tensor, content: Tensor, style: Tensor) -> Tensor:
     """Velocity `(B, N, 64)` at one sigma, without guidance and words."""
     count = len(latents)
@@ -153,8 +138,6 @@ def measure(name: str) -> dict[str, float]:
     nano = RUNS[name][0](TOKENIZERS)
     nano.load_state_dict(averaged_weights(checkpoint_of(name)))
     vae = load_vae().to(memory_format=torch.channels_last)
-    vae.register_to_config(**json.loads((LATENTS / "scale.json").read_text()))
-    scale, shift = vae.config.scaling_factor, vae.config.shift_factor
 
     def encode(pictures: np.ndarray) -> Tensor:
         return unit_normal(encode_pictures(vae, pictures))
@@ -172,11 +155,16 @@ def measure(name: str) -> dict[str, float]:
     error = F.mse_loss(velocity, pack_latents(noise - clean)).item()
 
     judges, scores = load_judges(), {}
+    start = torch.randn(1, 16, 16, 16, generator=torch.Generator().manual_seed(0))
     for name_of_set, examples in load_small().items():
         told = as_styles(nano, examples.style, encode(examples.style))
-        drawn = draw(nano, encode(examples.content), told) / scale + shift
+        content, prompts = encode(examples.content), [""] * len(told)
+        with autocast():
+            drawn = draw(
+                nano, start.expand_as(content), SLIDER[0], content=content, style=told, prompts=prompts
+            )
         with torch.inference_mode():
-            pixels = vae.decode(drawn, return_dict=False)[0].clamp(-1, 1)
+            pixels = vae.decode(as_encoded(drawn), return_dict=False)[0].clamp(-1, 1)
         pictures = ((pixels + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
         scores[name_of_set] = {"nano": score(judges, pictures, examples)}
     return overall(scores, SMALL)["nano"] | {"error": error}

@@ -9,17 +9,17 @@ encoder, and with it what the transformer has learned, stays. Needs the latents 
 from pathlib import Path
 
 import torch
+from diffusers import AutoencoderKL
 from torch import Tensor
 
+from training.evaluate import GUIDANCE, STEPS
 from training.latents import as_encoded
-from training.loop import MuonAdamW, Run, autocast, data_rng, device, launch, training_options
+from training.loop import Run, autocast, data_rng, device, launch, training_options
 from training.models import NANO, SHIFT
-from training.train import TOKENIZERS, Batch, Nano, load_shards, prepare_tokenizers, unpacked
-from training.vae import DECODER_CHECKPOINT, is_kernel, psnr, reconstruction_loss
-from uso.model.pipeline import USOPipeline
+from training.train import TOKENIZERS, Nano, load_shards, prepare_tokenizers, unpacked
+from training.vae import DECODER_CHECKPOINT, kernels_by_muon, psnr, reconstruction_loss
 from uso.model.scheduler import USOFlowMatchEulerScheduler
 
-STEPS, SLIDER = 12, 4.0
 DRAWN_AT_ONCE = 24  # pictures
 KEPT = 16  # batches of them, from which each step takes some pictures
 USES = 3  # of each picture, about
@@ -28,16 +28,17 @@ DECIBELS = 0.06  # the weight of one
 
 
 @torch.no_grad()
-def draw(nano: Nano, batch: Batch) -> Tensor:
-    """Latents of a batch's size, as the pipeline draws them."""
+def draw(
+    nano: Nano, latents: Tensor, guidance: float, *, content: Tensor, style: Tensor, prompts: list[str]
+) -> Tensor:
+    """Latents `(B, 16, h, w)` as the pipeline draws them, in STEPS steps from noise of their shape."""
     scheduler = USOFlowMatchEulerScheduler()
     scheduler.set_timesteps(STEPS, mu=SHIFT)
-    latents = torch.randn_like(batch.target)
-    slider = torch.full((len(latents),), SLIDER, device=latents.device)
-    encoded = nano.encode(batch.style, batch.prompts)
+    slider = torch.full((len(latents),), guidance, device=latents.device)
+    encoded = nano.encode(style, prompts)
     for sigma, t in zip(scheduler.sigmas, scheduler.timesteps, strict=False):
         now = sigma.expand(len(latents)).to(latents.device)
-        velocity = nano(latents, now, slider, **batch.conditions, encoded=encoded)
+        velocity = nano(latents, now, slider, content=content, style=style, prompts=prompts, encoded=encoded)
         latents = scheduler.step(unpacked(velocity, like=latents), t, latents, return_dict=False)[0]
     return latents
 
@@ -53,12 +54,10 @@ def train(minutes: float, size: int, lr: float, init: Path, checkpoint: Path, se
     nano = Nano(TOKENIZERS).requires_grad_(False)
     nano.load_exported(init)
     nano = nano.to(device())
-    vae = USOPipeline.from_pretrained(init, dtype=torch.float32).vae.requires_grad_(False)
+    vae = AutoencoderKL.from_pretrained(init / "vae", dtype=torch.float32).requires_grad_(False)
     vae = vae.to(device(), memory_format=torch.channels_last)
-    parameters = list(vae.decoder.requires_grad_(True).parameters())
-    matrices = [p for p in parameters if is_kernel(p)]
-    others = [p for p in parameters if not is_kernel(p)]
-    run = Run(vae, MuonAdamW(matrices, others, lr), lr=lr, minutes=minutes, checkpoint=checkpoint)
+    decoder = vae.decoder.requires_grad_(True)
+    run = Run(vae, kernels_by_muon(decoder, lr), lr=lr, minutes=minutes, checkpoint=checkpoint)
     rng = data_rng(seed, run.step)
     torch.manual_seed(int(rng.integers(2**31)))
     shards = [shard for shard in load_shards([], None) if shard.split == "train"]
@@ -71,13 +70,14 @@ def train(minutes: float, size: int, lr: float, init: Path, checkpoint: Path, se
             batch = shard.batch("content + style", chosen, rng).to(device())
             pictures = torch.stack([shard.style(row) for row in chosen]).to(device())
             with autocast():
-                kept = [*kept[1 - KEPT :], (draw(nano, batch).float(), batch.target, pictures)]
+                drawn = draw(nano, torch.randn_like(batch.target), GUIDANCE, **batch.conditions)
+            kept = [*kept[1 - KEPT :], (drawn.float(), batch.target, pictures)]
         rows = torch.from_numpy(rng.choice(DRAWN_AT_ONCE, size, replace=False))
         drawn, encoded, target = (part[rows] for part in kept[rng.integers(len(kept))])
         true = torch.from_numpy(rng.random(size) < TRUE).to(device())
         latents = torch.where(true[:, None, None, None], encoded, drawn)
         with autocast():
-            output = vae.decoder(as_encoded(latents)).float()
+            output = decoder(as_encoded(latents)).float()
         run.update(shown_loss(output, target))
         if not true.all():
             now = psnr(output[~true].detach(), target[~true])

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKL
 from torch import nn
 
 from training.latents import LATENTS
@@ -40,7 +41,8 @@ def build_pipeline(init: Path | None = None, share: float = 1.0) -> USOPipeline:
     vae, nano = load_vae(), Nano(TOKENIZERS)
     if init:
         nano.load_exported(init)
-        vae.load_state_dict(USOPipeline.from_pretrained(init, dtype=torch.float32).vae.state_dict())
+        start = AutoencoderKL.from_pretrained(init / "vae", dtype=torch.float32)
+        vae.load_state_dict(start.state_dict())
     if (LATENTS / "scale.json").exists():
         vae.register_to_config(**json.loads((LATENTS / "scale.json").read_text()))
     take(nano, CHECKPOINT, share)

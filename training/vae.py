@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from torch import Tensor
+from torch import Tensor, nn
 
 from training.data import CACHE
 from training.loop import MuonAdamW, Run, averaged_weights, data_rng, device, launch, training_options
@@ -59,9 +59,13 @@ def encode(vae: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, Tensor]:
     return mean, logvar.clamp(*LOGVAR_RANGE)
 
 
-def is_kernel(parameter: Tensor) -> bool:
-    """Whether it is the kernel of a convolution between layers, which Muon trains."""
-    return parameter.ndim == 4 and min(parameter.shape[:2]) > 4
+def kernels_by_muon(model: nn.Module, lr: float) -> MuonAdamW:
+    """Muon for the kernels of the convolutions between layers, AdamW for all else."""
+    kernels: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for p in model.parameters():
+        (kernels if p.ndim == 4 and min(p.shape[:2]) > 4 else others).append(p)
+    return MuonAdamW(kernels, others, lr)
 
 
 def psnr(output: Tensor, target: Tensor) -> float:
@@ -79,9 +83,7 @@ def train(minutes: float, batch: int, lr: float, checkpoint: Path, seed: int) ->
         for name in ("target.npy", "target.npy", "content.npy")
     ]
     vae = build_vae().to(device(), memory_format=torch.channels_last)
-    matrices = [p for p in vae.parameters() if is_kernel(p)]
-    others = [p for p in vae.parameters() if not is_kernel(p)]
-    run = Run(vae, MuonAdamW(matrices, others, lr), lr=lr, minutes=minutes, checkpoint=checkpoint)
+    run = Run(vae, kernels_by_muon(vae, lr), lr=lr, minutes=minutes, checkpoint=checkpoint)
     rng = data_rng(seed, run.step)
     while run.progress < 1:
         # Small crops give more steps; the last third learns whole pictures, as they will come.
