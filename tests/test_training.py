@@ -20,7 +20,6 @@ from PIL import Image
 from training import (
     ablate,
     cpu,
-    decoder,
     export,
     latents,
     loop,
@@ -41,7 +40,7 @@ ONE_STEP = 1e-9  # minutes: over when the first step is done
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A pool of two shards of two looks each, and a group of this process alone."""
-    for module in (vae, latents, text, style, reward, train, decoder, export, ablate, words):
+    for module in (vae, latents, text, style, reward, train, export, ablate, words):
         for name, path in (
             ("POOL", "pool"),
             ("LATENTS", "latents"),
@@ -54,8 +53,6 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             monkeypatch.setattr(module, name, tmp_path / path, raising=False)
     for module in (train, export):
         monkeypatch.setattr(module, "CHECKPOINT", tmp_path / "nano.pt")
-    for module in (decoder, export):
-        monkeypatch.setattr(module, "DECODER_CHECKPOINT", tmp_path / "decoder.pt")
     monkeypatch.setattr(style, "CHECKPOINT", tmp_path / "style.pt")
     for module in (train, ablate):
         monkeypatch.setattr(module, "STYLE_CHECKPOINT", tmp_path / "style.pt")
@@ -75,6 +72,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (shard / "looks.json").write_text(json.dumps(looks))
     subjects = [{"name": f"subject {i}", "held_out": False} for i in range(2 * PICTURES)]
     (tmp_path / "pool" / "subjects.json").write_text(json.dumps(subjects))
+    (tmp_path / "latents").mkdir()
+    (tmp_path / "latents" / "scale.json").write_text('{"shift_factor": 0.5, "scaling_factor": 2}')
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
     torch.manual_seed(0)
     yield tmp_path
@@ -135,33 +134,21 @@ def test_every_step_from_pool_to_picture(cache: Path) -> None:
     torch.testing.assert_close(mixed, 2 * trained, atol=1e-4, rtol=1e-3)
 
 
-def test_the_decoder_learns_to_show_what_is_drawn(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It alone changes, and is exported."""
-    monkeypatch.setattr(decoder, "DRAWN_AT_ONCE", 4)
+def test_of_the_autoencoder_the_decoder_alone_learns_beside_the_transformer(cache: Path) -> None:
     vae.train(ONE_STEP, 4, 1e-3, vae.CHECKPOINT, 0)
     latents.encode_pool()
     latents.write_scale()
     text.build_tokenizers(train.TOKENIZERS)
-    export.export(cache / "before")
-    decoder.train(ONE_STEP, 2, 1e-3, cache / "before", decoder.DECODER_CHECKPOINT, 0)
-    export.export(cache / "after")
-    before, after = (
-        USOPipeline.from_pretrained(cache / name, dtype=torch.float32) for name in ("before", "after")
-    )
-    for part in ("vae", "transformer", "image_encoder"):
-        known = dict(before.components[part].named_parameters())
-        for name, weight in after.components[part].named_parameters():
-            assert name.startswith("decoder.") or torch.equal(weight, known[name])
-    trained, known = (pipeline.vae.decoder.conv_out.weight for pipeline in (after, before))
-    assert not torch.equal(trained, known)
-    half = export.build_pipeline(cache / "before", share=0.5).vae.decoder.conv_out.weight
-    torch.testing.assert_close(half, (trained + known) / 2, atol=1e-4, rtol=1e-3)
-
-
-def test_a_decoded_picture_counts_by_decibels_pixels_and_edges() -> None:
-    pixels = torch.rand(2, 3, 128, 128) - 0.5
-    near, far = (decoder.shown_loss(pixels + off, pixels).item() for off in (0.01, 0.1))
-    assert far - near == pytest.approx(20 * decoder.DECIBELS + 0.09, rel=1e-3)  # tenfold; no edge differs
+    before = export.build_pipeline()
+    before.save_pretrained(cache / "before")
+    train.train(ONE_STEP, 2, 1e-3, -1, cache / "before", train.CHECKPOINT, 0)
+    after, half = (export.build_pipeline(cache / "before", share=share) for share in (1, 0.5))
+    known = dict(before.vae.named_parameters())
+    for name, weight in after.vae.named_parameters():
+        assert name.startswith("decoder.") or torch.equal(weight, known[name])
+    trained, mixed = (pipeline.vae.decoder.conv_out.weight for pipeline in (after, half))
+    assert not torch.equal(trained, before.vae.decoder.conv_out.weight)
+    torch.testing.assert_close(mixed, (trained + before.vae.decoder.conv_out.weight) / 2)
 
 
 def test_training_calls_the_model_as_the_pipeline_does(cache: Path) -> None:
@@ -316,8 +303,11 @@ def test_the_reward_asks_for_look_and_subject_as_much_as_the_slider(
     assert added[2] > 0
 
 
-def test_what_is_drawn_is_compared_with_the_picture_at_each_step() -> None:
-    """A model off by one everywhere has that loss, and is led from noise to what it predicts."""
+def test_what_is_drawn_is_compared_with_the_picture_at_each_step(cache: Path) -> None:
+    """A model off by one everywhere has that loss, and is led from noise to what it predicts.
+
+    Of the last prediction the decoder's picture counts as well, off by .1 here.
+    """
     clean, levels = torch.randn(2, 16, 16, 16), []
 
     def velocity(latents: torch.Tensor, now: torch.Tensor, *_: object, **conditions: object) -> torch.Tensor:
@@ -328,13 +318,18 @@ def test_what_is_drawn_is_compared_with_the_picture_at_each_step() -> None:
         return train.pack_latents((latents - clean - 1) / at)
 
     model = mock.Mock(side_effect=velocity)
+    model.vae.decoder.return_value = torch.full((1, 3, 128, 128), 0.1)
     torch.manual_seed(0)
     train.random_slider(2, clean.device)
     noise = torch.randn_like(clean)
     torch.manual_seed(0)
-    batch = train.Batch(target=clean, content=None, style=None, prompts=["", ""])
+    pixels = torch.zeros(2, 3, 128, 128)
+    batch = train.Batch(target=clean, pixels=pixels, content=None, style=None, prompts=["", ""])
     loss = train.drawn_loss(model, batch, None)
-    assert loss.item() == pytest.approx(train.PARTS + train.COLOURS, rel=1e-4)
+    shown = train.PIXELS * math.log(0.1**2 + train.LEAST)
+    assert loss.item() == pytest.approx(train.PARTS + train.COLOURS + shown, rel=1e-4)
+    (decoded,) = model.vae.decoder.call_args.args
+    torch.testing.assert_close(decoded, latents.as_encoded(clean[:1] + 1), atol=1e-5, rtol=1e-5)
     model.encode.assert_called_once_with(batch.style, batch.prompts)
     assert len(levels) == train.DRAWN
     assert levels[0].tolist() == [1, 1]
@@ -345,9 +340,10 @@ def test_a_batch_is_learned_where_the_model_is(cache: Path) -> None:
     """No tensor is made on the CPU beside a model elsewhere: with "meta" any would raise."""
     text.build_tokenizers(train.TOKENIZERS)
     meta = torch.device("meta")
-    nano, network = train.Nano(train.TOKENIZERS).to(meta), reward.Reward(5).to(meta)
+    nano, network = train.Nano(train.TOKENIZERS).to(meta), reward.Reward(5).to(meta).eval()
     batch = train.Batch(
         target=torch.zeros(2, 16, 16, 16),
+        pixels=torch.zeros(2, 3, 128, 128),
         content=torch.zeros(2, 16, 16, 16),
         style=torch.zeros(2, 1, 3, 128, 128),
         prompts=["a cat", ""],

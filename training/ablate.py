@@ -24,12 +24,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from training.data import CACHE
-from training.decoder import draw
-from training.evaluate import METRICS, SMALL, load_small, overall, score
+from training.evaluate import METRICS, SMALL, STEPS, load_small, overall, score
 from training.judges import load_judges
 from training.latents import as_encoded, encode_pictures, unit_normal
 from training.loop import autocast, averaged_weights, launch
-from training.models import NANO, build_style_path
+from training.models import NANO, SHIFT, build_style_path
 from training.pool import PICTURES, POOL
 from training.style import train as align
 from training.train import (
@@ -41,9 +40,10 @@ from training.train import (
     encoder_weights,
     prepare_tokenizers,
     train,
+    unpacked,
 )
-from training.vae import load_vae
 from uso.model.geometry import pack_latents
+from uso.model.scheduler import USOFlowMatchEulerScheduler
 
 FOLDER = CACHE / "ablation"
 STYLE_CHECKPOINT = FOLDER / "style.pt"
@@ -126,6 +126,16 @@ def velocity_at(nano: Nano, latents: Tensor, sigma: Tensor, content: Tensor, sty
         ).float()
 
 
+def draw(nano: Nano, latents: Tensor, *, content: Tensor, style: Tensor) -> Tensor:
+    """Latents `(B, 16, h, w)` as the pipeline draws them from noise of their shape: no guidance, no words."""
+    scheduler = USOFlowMatchEulerScheduler()
+    scheduler.set_timesteps(STEPS, mu=SHIFT)
+    for sigma, t in zip(scheduler.sigmas, scheduler.timesteps, strict=False):
+        velocity = velocity_at(nano, latents, sigma, content, style)
+        latents = scheduler.step(unpacked(velocity, like=latents), t, latents, return_dict=False)[0]
+    return latents
+
+
 def as_styles(nano: Nano, pictures: np.ndarray, latents: Tensor) -> Tensor:
     """Style pictures uint8 `(B, 128, 128, 3)`, or for one path their latents: `(B, 1, ...)`."""
     if isinstance(nano, OnePath):
@@ -137,10 +147,9 @@ def measure(name: str) -> dict[str, float]:
     """The scores of a finished run."""
     nano = RUNS[name][0](TOKENIZERS)
     nano.load_state_dict(averaged_weights(checkpoint_of(name)))
-    vae = load_vae().to(memory_format=torch.channels_last)
 
     def encode(pictures: np.ndarray) -> Tensor:
-        return unit_normal(encode_pictures(vae, pictures))
+        return unit_normal(encode_pictures(nano.vae, pictures))
 
     unseen = POOL / "looks-0000"
     rows = PICTURES * np.arange(UNSEEN)
@@ -158,13 +167,10 @@ def measure(name: str) -> dict[str, float]:
     start = torch.randn(1, 16, 16, 16, generator=torch.Generator().manual_seed(0))
     for name_of_set, examples in load_small().items():
         told = as_styles(nano, examples.style, encode(examples.style))
-        content, prompts = encode(examples.content), [""] * len(told)
-        with autocast():
-            drawn = draw(
-                nano, start.expand_as(content), SLIDER[0], content=content, style=told, prompts=prompts
-            )
+        content = encode(examples.content)
         with torch.inference_mode():
-            pixels = vae.decode(as_encoded(drawn), return_dict=False)[0].clamp(-1, 1)
+            drawn = draw(nano, start.expand_as(content), content=content, style=told)
+            pixels = nano.vae.decode(as_encoded(drawn), return_dict=False)[0].clamp(-1, 1)
         pictures = ((pixels + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
         scores[name_of_set] = {"nano": score(judges, pictures, examples)}
     return overall(scores, SMALL)["nano"] | {"error": error}

@@ -14,44 +14,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
-from torch import nn
 
 from training.latents import LATENTS
 from training.loop import averaged_weights
 from training.models import MAX_SEQUENCE_LENGTH, NANO, NATIVE_SCALE, NATIVE_SIDE, SHIFT
 from training.train import CHECKPOINT, TOKENIZERS, Nano
-from training.vae import DECODER_CHECKPOINT, load_vae
 from uso.model.pipeline import USOPipeline
 from uso.model.scheduler import USOFlowMatchEulerScheduler
 
 
 @torch.no_grad()
-def take(module: nn.Module, checkpoint: Path, share: float) -> None:
-    """Mix the averaged weights of a checkpoint, if there is one, into those of a module."""
-    if checkpoint.exists():
-        trained = averaged_weights(checkpoint)
-        for name, parameter in module.named_parameters():
-            parameter.lerp_(trained[name], share)
-
-
 def build_pipeline(init: Path | None = None, share: float = 1.0) -> USOPipeline:
-    """The averaged weights of all checkpoints as a pipeline; with `init`, 1 - `share` of its weights."""
+    """The averaged weights as a pipeline; with `init`, 1 - `share` of its weights."""
     torch.manual_seed(0)
-    vae, nano = load_vae(), Nano(TOKENIZERS)
+    nano = Nano(TOKENIZERS)
     if init:
         nano.load_exported(init)
-        start = AutoencoderKL.from_pretrained(init / "vae", dtype=torch.float32)
-        vae.load_state_dict(start.state_dict())
     if (LATENTS / "scale.json").exists():
-        vae.register_to_config(**json.loads((LATENTS / "scale.json").read_text()))
-    take(nano, CHECKPOINT, share)
-    take(vae, DECODER_CHECKPOINT, share)
+        nano.vae.register_to_config(**json.loads((LATENTS / "scale.json").read_text()))
+    if CHECKPOINT.exists():
+        trained = averaged_weights(CHECKPOINT)
+        for name, parameter in nano.named_parameters():
+            parameter.lerp_(trained[name], share)
     clip, t5 = nano.tokenizers
     encoders: dict[str, Any] = dict(nano.conditioning.items())
     return USOPipeline(
         scheduler=USOFlowMatchEulerScheduler(base_shift=SHIFT, max_shift=SHIFT),
-        vae=vae,
+        vae=nano.vae,
         tokenizer=clip,
         tokenizer_2=t5,
         transformer=nano.transformer,

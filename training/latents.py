@@ -32,10 +32,10 @@ def encode_pictures(vae: AutoencoderKL, pictures: np.ndarray) -> np.ndarray:
     return mean.half().cpu().numpy()
 
 
-def unit_normal(latents: np.ndarray) -> Tensor:
+def unit_normal(latents: np.ndarray | Tensor) -> Tensor:
     """Raw latents as the transformer sees them, float32."""
     scale = json.loads((LATENTS / "scale.json").read_text())
-    raw = torch.from_numpy(latents.astype(np.float32))
+    raw = latents if isinstance(latents, Tensor) else torch.from_numpy(latents.astype(np.float32))
     return (raw - scale["shift_factor"]) * scale["scaling_factor"]
 
 

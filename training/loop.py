@@ -89,7 +89,7 @@ def data_rng(seed: int, step: int) -> np.random.Generator:
 def average_gradients(parameters: list[nn.Parameter]) -> None:
     """Average the gradients over all processes, those of unused parameters being zero."""
     flat = torch.cat(
-        [torch.zeros_like(p).view(-1) if p.grad is None else p.grad.reshape(-1) for p in parameters]
+        [torch.zeros_like(p).reshape(-1) if p.grad is None else p.grad.reshape(-1) for p in parameters]
     )
     dist.all_reduce(flat)
     flat /= dist.get_world_size()

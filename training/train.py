@@ -2,13 +2,14 @@
 
 Resumes from its checkpoint; a new run starts from the encoders that `training.style` and `training.words`
 have trained, or, by `--init assets/nano`, from shipped weights. Needs the latents. Rectified flow: noise and
-conditions to the velocity, over a mix of condition kinds. Then in a quarter of the steps it learns its own
-guided velocity, so that one pass at inference does what two would, and to mix two looks; in the others, on
-the way that it draws itself, the true picture, and, with `training.reward`'s network, that look and subject
-asked for are found there, the more the guidance is turned up.
+conditions to the velocity, over a mix of condition kinds. Then, on the way that it draws itself, the true
+picture, decoded too, by a decoder that learns beside it, and, with `training.reward`'s network, that look and
+subject asked for are found there, the more the guidance is turned up; in a twelfth of the steps its own
+guided velocity, so that one pass at inference does what two would, and to mix two looks.
 """
 
 import json
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,10 +21,11 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from training.data import CACHE
-from training.latents import LATENTS, unit_normal
+from training.latents import LATENTS, as_encoded, unit_normal
 from training.loop import (
     MuonAdamW,
     Run,
@@ -35,6 +37,7 @@ from training.loop import (
     training_options,
 )
 from training.models import (
+    SHIFT,
     STYLE_SIZE,
     build_conditioning,
     build_transformer,
@@ -45,6 +48,7 @@ from training.reward import Reward, load_reward, shown
 from training.style import CHECKPOINT as STYLE_CHECKPOINT
 from training.style import random_view
 from training.text import build_tokenizers, encode_prompts, load_tokenizers
+from training.vae import is_kernel, load_vae
 from uso.model.geometry import pack_latents, position_ids, reference_position_ids, unpack_latents
 from uso.model.pipeline import USOPipeline
 
@@ -64,13 +68,18 @@ KINDS = {
     "text": 0.07,
     "text + look": 0.03,
 }
-TURNS = ("drawn", "drawn", "guided", "drawn")  # what the steps learn, one after the other
-MIXED = 0.1  # of the batches that learn guidance: two style pictures of different looks
+# What the steps learn, one after the other. From pictures mixed with noise it learns to see things in noise,
+# so that each seed has its own: more than to keep guidance and mixing is harmful.
+TURNS = ("drawn",) * 11 + ("guided",)
+MIXED = 0.5  # of the batches that learn guidance: two style pictures of different looks
 DRAWN = 3  # steps that lead from noise to the picture, where it learns what it draws itself
 PARTS = 0.5  # weight of the squared error there
 COLOURS = 1.5  # and of that of colours
-REWARD = 0.1  # its weight at the end of the slider
+PIXELS = 0.4  # and of the decibels of what the decoder shows at the end
+DECODED = 0.5  # of the pictures, there
+REWARD = 0.13  # its weight at the end of the slider
 TEXTURE = 20.0  # beside finding the look: its texture as in the true picture; a gradient twice as large
+LEAST = 1e-3  # of the squared error of pixels in [-1, 1]: 36 dB and more count alike
 SAME = 0.2  # of the style pictures beside content: a part of the one to be drawn
 SHEETS = 0.15  # of the others: four subjects in the look on one sheet, not one subject
 RELOAD = 100  # steps
@@ -92,10 +101,12 @@ def guidance_weight(slider: Tensor, sigma: Tensor) -> Tensor:
 class Batch:
     """Pictures of one size and one kind of conditions.
 
-    `target` and `content`: unit-normal latents `(B, 16, h, w)`; `style`: `(B, S, 3, 128, 128)` in [-1, 1].
+    `target` and `content`: unit-normal latents `(B, 16, h, w)`; `pixels`, of the target: `(B, 3, 8h, 8w)`,
+    and `style`: `(B, S, 3, 128, 128)`, in [-1, 1].
     """
 
     target: Tensor
+    pixels: Tensor
     content: Tensor | None
     style: Tensor | None
     prompts: list[str]
@@ -108,6 +119,15 @@ class Batch:
     def conditions(self) -> dict[str, Any]:
         """What `Nano` is called with beside noise."""
         return {"content": self.content, "style": self.style, "prompts": self.prompts}
+
+    def first(self, count: int) -> "Batch":
+        """Its first pictures."""
+        parts: dict[str, Any] = {
+            name: part[:count]
+            for name, part in vars(self).items()
+            if name != "looks" and isinstance(part, Tensor | list)
+        }
+        return replace(self, **parts)
 
     def to(self, device: torch.device) -> "Batch":
         """The same on a device."""
@@ -125,7 +145,9 @@ class Shard:
         self.content, self.target = (
             np.load(LATENTS / name / f"{kind}.npy", mmap_mode="r") for kind in ("content", "target")
         )
-        self.pictures = np.load(POOL / name / "target.npy", mmap_mode="r")
+        self.plain, self.pictures = (
+            np.load(POOL / name / f"{kind}.npy", mmap_mode="r") for kind in ("content", "target")
+        )
         self.shown = shown(name)
         self.subjects = [subjects[row] for row in self.shown]
         looks = json.loads((POOL / name / "looks.json").read_text())  # "words": family, then colours
@@ -166,9 +188,10 @@ class Shard:
         others = [r for r in range(first, first + PICTURES) if self.subjects[r] != self.subjects[row]]
         return [int(r) for r in rng.choice(others, count, replace=len(others) < count)]
 
-    def targets(self, kind: str) -> np.ndarray:
-        """The latents to be drawn under conditions of one kind."""
-        return self.content if kind in ("content", "text") else self.target
+    def targets(self, kind: str) -> tuple[np.ndarray, np.ndarray]:
+        """The latents to be drawn under conditions of one kind, and their pictures."""
+        plain = kind in ("content", "text")
+        return (self.content, self.plain) if plain else (self.target, self.pictures)
 
     def prompt(self, kind: str, row: int, rng: np.random.Generator) -> tuple[str, bool]:
         """A prompt for picture `row` under conditions of one kind, and whether it tells the subject."""
@@ -186,6 +209,7 @@ class Shard:
         styles = 2 if "styles" in kind else int("style" in kind)
         prompts, pictures, named = [], [], []
         alone = "text" in kind  # the prompt alone tells the subject
+        targets, drawings = self.targets(kind)
         for row in rows:
             prompt, told = self.prompt(kind, row, rng)
             prompts.append(prompt)
@@ -194,7 +218,8 @@ class Shard:
                 of = [row, int(rng.integers(len(self.looks)))] if mixed else [row] * styles
                 pictures.append(torch.stack([self.random_style(r, rng, 0 if alone else SAME) for r in of]))
         return Batch(
-            target=unit_normal(self.targets(kind)[rows]),
+            target=unit_normal(targets[rows]),
+            pixels=torch.stack([_as_style(drawings[row]) for row in rows]),
             content=unit_normal(self.content[rows]) if "content" in kind else None,
             style=torch.stack(pictures) if styles else None,
             prompts=prompts,
@@ -231,7 +256,7 @@ def draw_batch(shards: list[Shard], kind: str, rng: np.random.Generator, size: i
     shard = fitting[rng.integers(len(fitting))]
     if "content" not in kind:
         size *= 2  # without its tokens they are shorter
-    rows = rng.choice(len(shard.targets(kind)), size, replace=False)
+    rows = rng.choice(len(shard.target), size, replace=False)
     return shard.batch(kind, rows.tolist(), rng).to(device())
 
 
@@ -239,13 +264,15 @@ Encoded = tuple[Tensor, Tensor, Tensor | None]
 
 
 class Nano(nn.Module):
-    """Transformer and condition encoders, called as the pipeline calls them, on batches."""
+    """Transformer, condition encoders and decoder, called as the pipeline calls them, on batches."""
 
     def __init__(self, tokenizers: Path) -> None:
         super().__init__()
         self.tokenizers = load_tokenizers(tokenizers)
         self.transformer = build_transformer()
         self.conditioning = build_conditioning(self.tokenizers[0].eos_token_id)
+        self.vae = load_vae().to(memory_format=torch.channels_last)
+        self.vae.decoder.requires_grad_(True)
         for block in [*self.transformer.transformer_blocks, *self.transformer.single_transformer_blocks]:
             for name, module in block.named_modules():
                 if name.startswith("norm") and isinstance(module, nn.Linear):
@@ -312,18 +339,20 @@ class Nano(nn.Module):
         """Take the weights of an exported pipeline."""
         pipeline = USOPipeline.from_pretrained(folder, dtype=torch.float32)
         self.transformer.load_state_dict(pipeline.transformer.state_dict())
+        self.vae.load_state_dict(pipeline.vae.state_dict())
         for name, module in self.conditioning.items():
             module.load_state_dict(pipeline.components[name].state_dict())
 
     def optimizer(self, lr: float) -> MuonAdamW:
-        """Muon for the matrices of all blocks, AdamW for embeddings, norms, biases, first and last layers."""
+        """Muon for the matrices and kernels of all blocks, AdamW for all else but the frozen encoder."""
         matrices: list[nn.Parameter] = []
         others: list[nn.Parameter] = []
         for name, p in self.named_parameters():
             inner = (
                 "blocks." in name or ".layers." in name or ".block." in name
             ) and "relative_attention" not in name
-            (matrices if inner and p.ndim == 2 else others).append(p)
+            if p.requires_grad:
+                (matrices if (inner and p.ndim == 2) or is_kernel(p) else others).append(p)
         return MuonAdamW(matrices, others, lr)
 
 
@@ -372,6 +401,14 @@ def random_slider(count: int, device: torch.device) -> Tensor:
     return SLIDER[0] + (SLIDER[1] - SLIDER[0]) * torch.rand(count, device=device).sqrt()
 
 
+def shifted(t: Tensor) -> Tensor:
+    """Noise levels where `t` goes evenly from 1 to 0, as in the schedule: most of them high.
+
+    There it is told apart what the picture becomes; in small steps at lower levels errors add up.
+    """
+    return t / (t + math.exp(-SHIFT) * (1 - t))
+
+
 def unpacked(tokens: Tensor, *, like: Tensor) -> Tensor:
     """Tokens `(B, N, 64)` as latents of the shape of `like`."""
     return unpack_latents(tokens.float(), height=8 * like.shape[2], width=8 * like.shape[3])
@@ -383,7 +420,8 @@ def drawn_loss(model: Nano, batch: Batch, reward: Reward | None) -> Tensor:
     There no trace of the true picture helps, as there is in noise mixed with it. Counted are the squared
     error, most of all that of colours 16 pixels square, for finer parts would be blurred; with a reward also
     texture, and whether look and subject that only style picture and prompt tell are found, the more
-    guidance is asked for.
+    guidance is asked for. Of the last prediction the decoder's picture counts as well: it learns to show what
+    is drawn, and what it shows decides what is drawn.
     """
     clean = batch.target
     slider = random_slider(len(clean), clean.device)
@@ -399,13 +437,38 @@ def drawn_loss(model: Nano, batch: Batch, reward: Reward | None) -> Tensor:
         predicted = latents - sigma[:, None, None, None] * velocity
         losses.append(PARTS * F.mse_loss(predicted, clean))
         losses.append(COLOURS * F.mse_loss(F.avg_pool2d(predicted, 2), F.avg_pool2d(clean, 2)))
-        if reward is not None and (batch.looks is not None or batch.named is not None):
-            asked = (guidance_weight(slider, sigma) - 1) / (highest - 1)
-            losses.append(REWARD * (asked * missed(reward, predicted, batch, texture)).mean())
-        then = 1 - (step - torch.rand_like(sigma)) / (DRAWN - 1)
+        asked = REWARD * (guidance_weight(slider, sigma) - 1) / (highest - 1)
+        if reward is not None:
+            losses.append((asked * missed(reward, predicted, batch, texture)).mean())
+        then = shifted(1 - (step - torch.rand_like(sigma)) / (DRAWN - 1))
         latents = (latents + (then - sigma)[:, None, None, None] * velocity).detach()
         sigma = then
+    part = batch.first(round(DECODED * len(clean)))
+    losses.append(DRAWN * shown_loss(model.vae, predicted, part, reward, asked, texture))
     return torch.stack(losses).sum() / DRAWN
+
+
+def shown_loss(
+    vae: AutoencoderKL,
+    predicted: Tensor,
+    batch: Batch,
+    reward: Reward | None,
+    asked: Tensor,
+    texture: Tensor | None,
+) -> Tensor:
+    """How far the decoder's pictures of the first `predicted` latents are from those of a batch.
+
+    Counted are decibels, and what the reward misses as much as `asked`: encoded again, a picture that the
+    decoder has blurred is found out. `texture`: that of the true pictures.
+    """
+    count = len(batch.target)
+    seen = vae.decoder(as_encoded(predicted[:count])).float()
+    error = (seen - batch.pixels).square().mean((1, 2, 3))
+    loss = PIXELS * (error + LEAST).log()
+    if reward is not None:
+        again = unit_normal(vae.encoder(seen).chunk(2, dim=1)[0])
+        loss += asked[:count] * missed(reward, again, batch, None if texture is None else texture[:count])
+    return loss.mean()
 
 
 def missed(reward: Reward, predicted: Tensor, batch: Batch, true_texture: Tensor | None) -> Tensor:

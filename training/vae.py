@@ -18,7 +18,6 @@ from training.models import NANO, build_vae
 from training.pool import POOL
 
 CHECKPOINT = CACHE / "vae.pt"
-DECODER_CHECKPOINT = CACHE / "decoder.pt"  # of `training.decoder`
 KL_WEIGHT = 1e-3
 LOGVAR_RANGE = (-12.0, 4.0)
 
@@ -59,12 +58,15 @@ def encode(vae: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, Tensor]:
     return mean, logvar.clamp(*LOGVAR_RANGE)
 
 
+def is_kernel(parameter: nn.Parameter) -> bool:
+    """Whether it is the kernel of a convolution between layers."""
+    return parameter.ndim == 4 and min(parameter.shape[:2]) > 4
+
+
 def kernels_by_muon(model: nn.Module, lr: float) -> MuonAdamW:
     """Muon for the kernels of the convolutions between layers, AdamW for all else."""
-    kernels: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    for p in model.parameters():
-        (kernels if p.ndim == 4 and min(p.shape[:2]) > 4 else others).append(p)
+    kernels = [p for p in model.parameters() if is_kernel(p)]
+    others = [p for p in model.parameters() if not is_kernel(p)]
     return MuonAdamW(kernels, others, lr)
 
 
