@@ -191,7 +191,7 @@ def test_a_long_picture_scores_like_a_square(
     )
     assert long["subject"] >= 0.9
     assert long["joint"] >= square["joint"] - 2 / 12
-    assert long["psnr"] >= square["psnr"] - 0.3
+    assert long["psnr"] >= square["psnr"] - 0.8
 
 
 @pytest.mark.parametrize("size", [(512, 512), (512, 1536)])
