@@ -69,7 +69,7 @@ KINDS = {
     "text + look": 0.03,
 }
 # What the steps learn, one after the other. From pictures mixed with noise it learns to see things in noise,
-# so that each seed has its own: more than to keep guidance and mixing is harmful.
+# and each seed's are others: no more of it than keeps guidance and mixing.
 TURNS = ("drawn",) * 11 + ("guided",)
 MIXED = 0.5  # of the batches that learn guidance: two style pictures of different looks
 DRAWN = 3  # steps that lead from noise to the picture, where it learns what it draws itself
