@@ -3,9 +3,9 @@
 Resumes from its checkpoint; a new run starts from the encoders that `training.style` and `training.words`
 have trained, or, by `--init assets/nano`, from shipped weights. Needs the latents. Rectified flow: noise and
 conditions to the velocity, over a mix of condition kinds. Then, on the way that it draws itself, the true
-picture, decoded too, by a decoder that learns beside it, and, with `training.reward`'s network, that look and
-subject asked for are found there, the more the guidance is turned up; in a twelfth of the steps its own
-guided velocity, so that one pass at inference does what two would, and to mix two looks.
+picture, decoded too, and, with `training.reward`'s network, that look and subject asked for are found there,
+the more the guidance is turned up; in a twelfth of the steps its own guided velocity, so that one pass at
+inference does what two would, and to mix two looks.
 """
 
 import json
@@ -48,7 +48,7 @@ from training.reward import Reward, load_reward, shown
 from training.style import CHECKPOINT as STYLE_CHECKPOINT
 from training.style import random_view
 from training.text import build_tokenizers, encode_prompts, load_tokenizers
-from training.vae import is_kernel, load_vae
+from training.vae import load_vae
 from uso.model.geometry import pack_latents, position_ids, reference_position_ids, unpack_latents
 from uso.model.pipeline import USOPipeline
 
@@ -75,7 +75,7 @@ MIXED = 0.5  # of the batches that learn guidance: two style pictures of differe
 DRAWN = 3  # steps that lead from noise to the picture, where it learns what it draws itself
 PARTS = 0.5  # weight of the squared error there
 COLOURS = 1.5  # and of that of colours
-PIXELS = 0.4  # and of the decibels of what the decoder shows at the end
+PIXELS = {1: 0.2, 4: 0.4}  # and of the decibels of what the decoder shows at the end, by sides of squares
 DECODED = 0.5  # of the pictures, there
 REWARD = 0.13  # its weight at the end of the slider
 TEXTURE = 20.0  # beside finding the look: its texture as in the true picture; a gradient twice as large
@@ -264,7 +264,7 @@ Encoded = tuple[Tensor, Tensor, Tensor | None]
 
 
 class Nano(nn.Module):
-    """Transformer, condition encoders and decoder, called as the pipeline calls them, on batches."""
+    """Transformer and condition encoders, called as the pipeline calls them, on batches; a frozen decoder."""
 
     def __init__(self, tokenizers: Path) -> None:
         super().__init__()
@@ -272,7 +272,6 @@ class Nano(nn.Module):
         self.transformer = build_transformer()
         self.conditioning = build_conditioning(self.tokenizers[0].eos_token_id)
         self.vae = load_vae().to(memory_format=torch.channels_last)
-        self.vae.decoder.requires_grad_(True)
         for block in [*self.transformer.transformer_blocks, *self.transformer.single_transformer_blocks]:
             for name, module in block.named_modules():
                 if name.startswith("norm") and isinstance(module, nn.Linear):
@@ -344,7 +343,7 @@ class Nano(nn.Module):
             module.load_state_dict(pipeline.components[name].state_dict())
 
     def optimizer(self, lr: float) -> MuonAdamW:
-        """Muon for the matrices and kernels of all blocks, AdamW for all else but the frozen encoder."""
+        """Muon for the matrices of all blocks, AdamW for all else but the frozen autoencoder."""
         matrices: list[nn.Parameter] = []
         others: list[nn.Parameter] = []
         for name, p in self.named_parameters():
@@ -352,7 +351,7 @@ class Nano(nn.Module):
                 "blocks." in name or ".layers." in name or ".block." in name
             ) and "relative_attention" not in name
             if p.requires_grad:
-                (matrices if (inner and p.ndim == 2) or is_kernel(p) else others).append(p)
+                (matrices if inner and p.ndim == 2 else others).append(p)
         return MuonAdamW(matrices, others, lr)
 
 
@@ -420,8 +419,7 @@ def drawn_loss(model: Nano, batch: Batch, reward: Reward | None) -> Tensor:
     There no trace of the true picture helps, as there is in noise mixed with it. Counted are the squared
     error, most of all that of colours 16 pixels square, for finer parts would be blurred; with a reward also
     texture, and whether look and subject that only style picture and prompt tell are found, the more
-    guidance is asked for. Of the last prediction the decoder's picture counts as well: it learns to show what
-    is drawn, and what it shows decides what is drawn.
+    guidance is asked for. Of the last prediction the decoder's picture counts as well.
     """
     clean = batch.target
     slider = random_slider(len(clean), clean.device)
@@ -430,22 +428,21 @@ def drawn_loss(model: Nano, batch: Batch, reward: Reward | None) -> Tensor:
     highest = guidance_weight(torch.tensor(SLIDER[1]), torch.tensor(0.0))
     with torch.no_grad():
         texture = None if reward is None or batch.looks is None else reward(clean)[2]
-    losses = []
+    loss = torch.zeros((), device=clean.device)
     for step in range(1, DRAWN + 1):
         output = model(latents, sigma, slider, **batch.conditions, encoded=encoded)
         velocity = unpacked(output, like=latents)
         predicted = latents - sigma[:, None, None, None] * velocity
-        losses.append(PARTS * F.mse_loss(predicted, clean))
-        losses.append(COLOURS * F.mse_loss(F.avg_pool2d(predicted, 2), F.avg_pool2d(clean, 2)))
+        loss += PARTS * F.mse_loss(predicted, clean)
+        loss += COLOURS * F.mse_loss(F.avg_pool2d(predicted, 2), F.avg_pool2d(clean, 2))
         asked = REWARD * (guidance_weight(slider, sigma) - 1) / (highest - 1)
         if reward is not None:
-            losses.append((asked * missed(reward, predicted, batch, texture)).mean())
+            loss += (asked * missed(reward, predicted, batch, texture)).mean()
         then = shifted(1 - (step - torch.rand_like(sigma)) / (DRAWN - 1))
         latents = (latents + (then - sigma)[:, None, None, None] * velocity).detach()
         sigma = then
     part = batch.first(round(DECODED * len(clean)))
-    losses.append(DRAWN * shown_loss(model.vae, predicted, part, reward, asked, texture))
-    return torch.stack(losses).sum() / DRAWN
+    return loss / DRAWN + shown_loss(model.vae, predicted, part, reward, asked, texture)
 
 
 def shown_loss(
@@ -458,13 +455,14 @@ def shown_loss(
 ) -> Tensor:
     """How far the decoder's pictures of the first `predicted` latents are from those of a batch.
 
-    Counted are decibels, and what the reward misses as much as `asked`: encoded again, a picture that the
-    decoder has blurred is found out. `texture`: that of the true pictures.
+    Counted are decibels, more those of squares of four pixels, for finer parts would be blurred, and what the
+    reward misses in the picture encoded again, as much as `asked`. `texture`: that of the true pictures.
     """
     count = len(batch.target)
     seen = vae.decoder(as_encoded(predicted[:count])).float()
-    error = (seen - batch.pixels).square().mean((1, 2, 3))
-    loss = PIXELS * (error + LEAST).log()
+    off = seen - batch.pixels
+    errors = {side: F.avg_pool2d(off, side).square().mean((1, 2, 3)) for side in PIXELS}
+    loss = torch.stack([PIXELS[side] * (error + LEAST).log() for side, error in errors.items()]).sum(0)
     if reward is not None:
         again = unit_normal(vae.encoder(seen).chunk(2, dim=1)[0])
         loss += asked[:count] * missed(reward, again, batch, None if texture is None else texture[:count])
