@@ -173,6 +173,15 @@ def layers_by_muon(model: nn.Module, lr: float) -> MuonAdamW:
     return MuonAdamW(matrices, others, lr)
 
 
+def kernels_by_muon(model: nn.Module, lr: float) -> MuonAdamW:
+    """Muon for the kernels of the convolutions between layers, AdamW for all else."""
+    kernels: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for p in model.parameters():
+        (kernels if p.ndim == 4 and min(p.shape[:2]) > 4 else others).append(p)
+    return MuonAdamW(kernels, others, lr)
+
+
 class Run:
     """Time, learning rate, moving average and checkpoints of one training.
 

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from training.data import CACHE
 from training.latents import LATENTS, unit_normal
 from training.loop import (
-    MuonAdamW,
     Run,
     autocast,
     averaged_weights,
     data_rng,
     device,
+    kernels_by_muon,
     launch,
     training_options,
 )
@@ -87,9 +87,7 @@ def train(minutes: float, looks: int, lr: float, checkpoint: Path, seed: int) ->
     """One process's work: two pictures of each of `looks` looks a step, and the same plain."""
     subjects = json.loads((POOL / "subjects.json").read_text())
     model = Reward(len(subjects)).to(device())
-    kernels = [p for p in model.parameters() if p.ndim == 4]
-    optimizer = MuonAdamW(kernels, [p for p in model.parameters() if p.ndim != 4], lr)
-    run = Run(model, optimizer, lr=lr, minutes=minutes, checkpoint=checkpoint)
+    run = Run(model, kernels_by_muon(model, lr), lr=lr, minutes=minutes, checkpoint=checkpoint)
     rng = data_rng(seed, run.step)
     shards = [
         (np.load(path / "target.npy", "r"), np.load(path / "content.npy", "r"), shown(path.name))

@@ -461,8 +461,9 @@ def shown_loss(
     count = len(batch.target)
     seen = vae.decoder(as_encoded(predicted[:count])).float()
     off = seen - batch.pixels
-    errors = {side: F.avg_pool2d(off, side).square().mean((1, 2, 3)) for side in PIXELS}
-    loss = torch.stack([PIXELS[side] * (error + LEAST).log() for side, error in errors.items()]).sum(0)
+    loss = torch.zeros(count, device=off.device)
+    for side, weight in PIXELS.items():
+        loss += weight * (F.avg_pool2d(off, side).square().mean((1, 2, 3)) + LEAST).log()
     if reward is not None:
         again = unit_normal(vae.encoder(seen).chunk(2, dim=1)[0])
         loss += asked[:count] * missed(reward, again, batch, None if texture is None else texture[:count])

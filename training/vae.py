@@ -10,10 +10,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from torch import Tensor, nn
+from torch import Tensor
 
 from training.data import CACHE
-from training.loop import MuonAdamW, Run, averaged_weights, data_rng, device, launch, training_options
+from training.loop import Run, averaged_weights, data_rng, device, kernels_by_muon, launch, training_options
 from training.models import NANO, build_vae
 from training.pool import POOL
 
@@ -56,18 +56,6 @@ def encode(vae: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and log-variance of the latents, each `(B, 16, H/8, W/8)`."""
     mean, logvar = vae.encoder(pixels).chunk(2, dim=1)
     return mean, logvar.clamp(*LOGVAR_RANGE)
-
-
-def is_kernel(parameter: nn.Parameter) -> bool:
-    """Whether it is the kernel of a convolution between layers."""
-    return parameter.ndim == 4 and min(parameter.shape[:2]) > 4
-
-
-def kernels_by_muon(model: nn.Module, lr: float) -> MuonAdamW:
-    """Muon for the kernels of the convolutions between layers, AdamW for all else."""
-    kernels = [p for p in model.parameters() if is_kernel(p)]
-    others = [p for p in model.parameters() if not is_kernel(p)]
-    return MuonAdamW(kernels, others, lr)
 
 
 def psnr(output: Tensor, target: Tensor) -> float:
