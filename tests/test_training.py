@@ -20,6 +20,7 @@ from PIL import Image
 from training import (
     ablate,
     cpu,
+    decoder,
     export,
     latents,
     loop,
@@ -40,7 +41,7 @@ ONE_STEP = 1e-9  # minutes: over when the first step is done
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A pool of two shards of two looks each, and a group of this process alone."""
-    for module in (vae, latents, text, style, reward, train, export, ablate, words):
+    for module in (vae, latents, text, style, reward, train, decoder, export, ablate, words):
         for name, path in (
             ("POOL", "pool"),
             ("LATENTS", "latents"),
@@ -53,6 +54,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             monkeypatch.setattr(module, name, tmp_path / path, raising=False)
     for module in (train, export):
         monkeypatch.setattr(module, "CHECKPOINT", tmp_path / "nano.pt")
+    for module, name in ((decoder, "CHECKPOINT"), (export, "DECODER_CHECKPOINT")):
+        monkeypatch.setattr(module, name, tmp_path / "decoder.pt")
     monkeypatch.setattr(style, "CHECKPOINT", tmp_path / "style.pt")
     for module in (train, ablate):
         monkeypatch.setattr(module, "STYLE_CHECKPOINT", tmp_path / "style.pt")
@@ -147,6 +150,52 @@ def test_the_autoencoder_stays_as_it_is_while_the_transformer_learns(cache: Path
     for name, weight in after.vae.named_parameters():
         assert torch.equal(weight, known[name])
     assert not torch.equal(after.transformer.proj_out.weight, before.transformer.proj_out.weight)
+
+
+def test_the_decoder_learns_to_show_what_is_drawn(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It alone changes, and is exported."""
+    monkeypatch.setattr(decoder, "DRAWN_AT_ONCE", 4)
+    vae.train(ONE_STEP, 4, 1e-3, vae.CHECKPOINT, 0)
+    latents.encode_pool()
+    latents.write_scale()
+    text.build_tokenizers(train.TOKENIZERS)
+    before = export.build_pipeline()
+    before.save_pretrained(cache / "before")
+    decoder.train(ONE_STEP, 2, 1e-3, cache / "before", decoder.CHECKPOINT, 0)
+    after, half = (export.build_pipeline(cache / "before", share=share) for share in (1, 0.5))
+    for part in ("vae", "transformer", "image_encoder"):
+        known = dict(before.components[part].named_parameters())
+        for name, weight in after.components[part].named_parameters():
+            assert name.startswith("decoder.") or torch.equal(weight, known[name])
+    known, trained, mixed = (pipeline.vae.decoder.conv_out.weight for pipeline in (before, after, half))
+    assert not torch.equal(trained, known)
+    torch.testing.assert_close(mixed, (trained + known) / 2)
+
+
+def test_the_decoder_sees_what_the_pipeline_draws(cache: Path) -> None:
+    """From the same noise the same latents."""
+    text.build_tokenizers(train.TOKENIZERS)
+    pipeline = export.build_pipeline()
+    for parameter in pipeline.transformer.parameters():  # no zeros: every path must count
+        torch.nn.init.normal_(parameter, std=0.05)
+    nano = train.Nano(train.TOKENIZERS)
+    nano.transformer.load_state_dict(pipeline.transformer.state_dict())
+    for name, module in nano.conditioning.items():
+        module.load_state_dict(pipeline.components[name].state_dict())
+    noise, pixels = torch.randn(1, 16, 16, 16), torch.zeros(1, 3, 128, 128)
+    drawn = pipeline(
+        "a cat",
+        height=512,
+        width=512,
+        num_inference_steps=decoder.STEPS,
+        guidance_scale=decoder.SLIDER,
+        latents=train.pack_latents(noise),
+        output_type="latent",
+    ).images
+    batch = train.Batch(target=noise, pixels=pixels, content=None, style=None, prompts=["a cat"])
+    with mock.patch.object(torch, "randn_like", return_value=noise):
+        seen = decoder.draw(nano, batch)
+    torch.testing.assert_close(train.pack_latents(seen), drawn, atol=1e-4, rtol=1e-4)
 
 
 def test_training_calls_the_model_as_the_pipeline_does(cache: Path) -> None:

@@ -14,13 +14,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from training.decoder import CHECKPOINT as DECODER_CHECKPOINT
 from training.latents import LATENTS
 from training.loop import averaged_weights
 from training.models import MAX_SEQUENCE_LENGTH, NANO, NATIVE_SCALE, NATIVE_SIDE, SHIFT
 from training.train import CHECKPOINT, TOKENIZERS, Nano
 from uso.model.pipeline import USOPipeline
 from uso.model.scheduler import USOFlowMatchEulerScheduler
+
+
+def take(module: nn.Module, checkpoint: Path, share: float) -> None:
+    """Mix the averaged weights of a checkpoint, if there is one, into those of a module."""
+    if checkpoint.exists():
+        trained = averaged_weights(checkpoint)
+        for name, parameter in module.named_parameters():
+            parameter.lerp_(trained[name], share)
 
 
 @torch.no_grad()
@@ -32,10 +42,8 @@ def build_pipeline(init: Path | None = None, share: float = 1.0) -> USOPipeline:
         nano.load_exported(init)
     if (LATENTS / "scale.json").exists():
         nano.vae.register_to_config(**json.loads((LATENTS / "scale.json").read_text()))
-    if CHECKPOINT.exists():
-        trained = averaged_weights(CHECKPOINT)
-        for name, parameter in nano.named_parameters():
-            parameter.lerp_(trained[name], share)
+    take(nano, CHECKPOINT, share)
+    take(nano.vae.decoder, DECODER_CHECKPOINT, share)
     clip, t5 = nano.tokenizers
     encoders: dict[str, Any] = dict(nano.conditioning.items())
     return USOPipeline(

@@ -460,14 +460,19 @@ def shown_loss(
     """
     count = len(batch.target)
     seen = vae.decoder(as_encoded(predicted[:count])).float()
-    off = seen - batch.pixels
-    loss = torch.zeros(count, device=off.device)
-    for side, weight in PIXELS.items():
-        loss += weight * (F.avg_pool2d(off, side).square().mean((1, 2, 3)) + LEAST).log()
+    loss = decibels(seen - batch.pixels, PIXELS)
     if reward is not None:
         again = unit_normal(vae.encoder(seen).chunk(2, dim=1)[0])
         loss += asked[:count] * missed(reward, again, batch, None if texture is None else texture[:count])
     return loss.mean()
+
+
+def decibels(off: Tensor, weights: dict[int, float]) -> Tensor:
+    """Weighted logarithms of the squared errors `off` `(B, 3, H, W)` of squares, by their sides: `(B,)`."""
+    loss = torch.zeros(len(off), device=off.device)
+    for side, weight in weights.items():
+        loss += weight * (F.avg_pool2d(off, side).square().mean((1, 2, 3)) + LEAST).log()
+    return loss
 
 
 def missed(reward: Reward, predicted: Tensor, batch: Batch, true_texture: Tensor | None) -> Tensor:
