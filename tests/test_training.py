@@ -353,7 +353,8 @@ def test_the_reward_asks_for_look_and_subject_as_much_as_the_slider(
 def test_what_is_drawn_is_compared_with_the_picture_at_each_step(cache: Path) -> None:
     """A model off by one everywhere has that loss, and is led from noise to what it predicts.
 
-    Of the last prediction the decoder's picture counts as well, off by .1 here.
+    Of the last prediction the decoder's picture counts as well, off by .1 here. Without look and name in what
+    is asked for, the reward has no say.
     """
     clean, levels = torch.randn(2, 16, 16, 16), []
 
@@ -372,7 +373,8 @@ def test_what_is_drawn_is_compared_with_the_picture_at_each_step(cache: Path) ->
     torch.manual_seed(0)
     pixels = torch.zeros(2, 3, 128, 128)
     batch = train.Batch(target=clean, pixels=pixels, content=None, style=None, prompts=["", ""])
-    loss = train.drawn_loss(model, batch, None)
+    unasked = mock.Mock(side_effect=AssertionError)
+    loss = train.drawn_loss(model, batch, unasked)
     shown = sum(train.PIXELS.values()) * math.log(0.1**2 + train.LEAST)
     assert loss.item() == pytest.approx(train.PARTS + train.COLOURS + shown, rel=1e-4)
     (decoded,) = model.vae.decoder.call_args.args

@@ -425,6 +425,8 @@ def drawn_loss(model: Nano, batch: Batch, reward: Reward | None) -> Tensor:
     slider = random_slider(len(clean), clean.device)
     encoded = model.encode(batch.style, batch.prompts)
     latents, sigma = torch.randn_like(clean), torch.ones_like(slider)
+    if batch.looks is None and batch.named is None:
+        reward = None  # nothing that it knows is asked for
     highest = guidance_weight(torch.tensor(SLIDER[1]), torch.tensor(0.0))
     with torch.no_grad():
         texture = None if reward is None or batch.looks is None else reward(clean)[2]
