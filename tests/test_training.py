@@ -83,13 +83,31 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     dist.destroy_process_group()
 
 
-def test_every_step_from_pool_to_picture(cache: Path) -> None:
+def prepare() -> None:
+    """An autoencoder, the pool's latents by it, and tokenizers: what a training starts from."""
     vae.train(ONE_STEP, 4, 1e-3, vae.CHECKPOINT, 0)
     latents.encode_pool()
     latents.write_scale()
+    text.build_tokenizers(train.TOKENIZERS)
+
+
+def pipeline_and_nano() -> tuple[USOPipeline, train.Nano]:
+    """Both with the same random weights."""
+    text.build_tokenizers(train.TOKENIZERS)
+    pipeline = export.build_pipeline()
+    nano = train.Nano(train.TOKENIZERS)
+    for parameter in pipeline.transformer.parameters():  # no zeros: every path must count
+        torch.nn.init.normal_(parameter, std=0.05)
+    nano.transformer.load_state_dict(pipeline.transformer.state_dict())
+    for name, module in nano.conditioning.items():
+        module.load_state_dict(pipeline.components[name].state_dict())
+    return pipeline, nano
+
+
+def test_every_step_from_pool_to_picture(cache: Path) -> None:
+    prepare()
     encoded = np.load(cache / "latents" / "train-0000" / "target.npy")
     assert encoded.shape == (2 * PICTURES, 16, 16, 16)
-    text.build_tokenizers(train.TOKENIZERS)
     minutes = ONE_STEP
     for step, compiled in ((1, False), (2, True)):
         with torch.compiler.set_stance("force_eager"):
@@ -138,10 +156,7 @@ def test_every_step_from_pool_to_picture(cache: Path) -> None:
 
 
 def test_the_autoencoder_stays_as_it_is_while_the_transformer_learns(cache: Path) -> None:
-    vae.train(ONE_STEP, 4, 1e-3, vae.CHECKPOINT, 0)
-    latents.encode_pool()
-    latents.write_scale()
-    text.build_tokenizers(train.TOKENIZERS)
+    prepare()
     before = export.build_pipeline()
     before.save_pretrained(cache / "before")
     train.train(ONE_STEP, 2, 1e-3, -1, cache / "before", train.CHECKPOINT, 0)
@@ -155,10 +170,7 @@ def test_the_autoencoder_stays_as_it_is_while_the_transformer_learns(cache: Path
 def test_the_decoder_learns_to_show_what_is_drawn(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It alone changes, and is exported."""
     monkeypatch.setattr(decoder, "DRAWN_AT_ONCE", 4)
-    vae.train(ONE_STEP, 4, 1e-3, vae.CHECKPOINT, 0)
-    latents.encode_pool()
-    latents.write_scale()
-    text.build_tokenizers(train.TOKENIZERS)
+    prepare()
     before = export.build_pipeline()
     before.save_pretrained(cache / "before")
     decoder.train(ONE_STEP, 2, 1e-3, cache / "before", decoder.CHECKPOINT, 0)
@@ -174,14 +186,7 @@ def test_the_decoder_learns_to_show_what_is_drawn(cache: Path, monkeypatch: pyte
 
 def test_the_decoder_sees_what_the_pipeline_draws(cache: Path) -> None:
     """From the same noise the same latents."""
-    text.build_tokenizers(train.TOKENIZERS)
-    pipeline = export.build_pipeline()
-    for parameter in pipeline.transformer.parameters():  # no zeros: every path must count
-        torch.nn.init.normal_(parameter, std=0.05)
-    nano = train.Nano(train.TOKENIZERS)
-    nano.transformer.load_state_dict(pipeline.transformer.state_dict())
-    for name, module in nano.conditioning.items():
-        module.load_state_dict(pipeline.components[name].state_dict())
+    pipeline, nano = pipeline_and_nano()
     noise, pixels = torch.randn(1, 16, 16, 16), torch.zeros(1, 3, 128, 128)
     drawn = pipeline(
         "a cat",
@@ -200,14 +205,7 @@ def test_the_decoder_sees_what_the_pipeline_draws(cache: Path) -> None:
 
 def test_training_calls_the_model_as_the_pipeline_does(cache: Path) -> None:
     """The same weights and inputs give the same velocity through `Nano` and through `USOPipeline`."""
-    text.build_tokenizers(train.TOKENIZERS)
-    pipeline = export.build_pipeline()
-    nano = train.Nano(train.TOKENIZERS)
-    for parameter in pipeline.transformer.parameters():  # no zeros: every path must count
-        torch.nn.init.normal_(parameter, std=0.05)
-    nano.transformer.load_state_dict(pipeline.transformer.state_dict())
-    for name, module in nano.conditioning.items():
-        module.load_state_dict(pipeline.components[name].state_dict())
+    pipeline, nano = pipeline_and_nano()
     content = Image.fromarray(np.random.default_rng(1).integers(0, 256, (512, 384, 3), np.uint8))
     style = Image.fromarray(np.random.default_rng(2).integers(0, 256, (128, 128, 3), np.uint8))
     noise = torch.randn(1, 16, 16, 16)
@@ -236,10 +234,7 @@ def test_training_calls_the_model_as_the_pipeline_does(cache: Path) -> None:
 
 
 def test_a_mix_of_looks_is_learned_as_the_mean_of_both(cache: Path) -> None:
-    vae.train(ONE_STEP, 4, 1e-3, vae.CHECKPOINT, 0)
-    latents.encode_pool()
-    latents.write_scale()
-    text.build_tokenizers(train.TOKENIZERS)
+    prepare()
     teacher = train.Nano(train.TOKENIZERS)
     for parameter in teacher.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
@@ -287,10 +282,7 @@ def test_a_prompt_alone_always_draws_the_same(cache: Path) -> None:
 
 
 def test_text_encoders_are_trained_first_and_go_on_beside_the_transformer(cache: Path) -> None:
-    vae.train(ONE_STEP, 4, 1e-3, vae.CHECKPOINT, 0)
-    latents.encode_pool()
-    latents.write_scale()
-    text.build_tokenizers(train.TOKENIZERS)
+    prepare()
     words.train(ONE_STEP, 4, 1e-3, words.WORDS_CHECKPOINT, 0)
     trained = train.encoder_weights(words.WORDS_CHECKPOINT)
     assert {name.split(".")[1] for name in trained} == {"text_encoder", "text_encoder_2"}
@@ -315,10 +307,7 @@ def test_text_encoders_are_trained_first_and_go_on_beside_the_transformer(cache:
 def test_the_reward_asks_for_look_and_subject_as_much_as_the_slider(
     cache: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    vae.train(ONE_STEP, 4, 1e-3, vae.CHECKPOINT, 0)
-    latents.encode_pool()
-    latents.write_scale()
-    text.build_tokenizers(train.TOKENIZERS)
+    prepare()
     reward.train(ONE_STEP, 2, 1e-3, reward.CHECKPOINT, 0)
     network = reward.load_reward(reward.CHECKPOINT)
     shard = train.load_shards([], network)[0]
@@ -432,10 +421,7 @@ def test_trains_on_a_gpu(tmp_path: Path) -> None:
 
 
 def test_an_ablation_differs_by_what_it_leaves_out(cache: Path) -> None:
-    vae.train(ONE_STEP, 4, 1e-3, vae.CHECKPOINT, 0)
-    latents.encode_pool()
-    latents.write_scale()
-    text.build_tokenizers(train.TOKENIZERS)
+    prepare()
     style.train(ONE_STEP, 2, 1e-3, style.CHECKPOINT, 0)
     export.export(cache / "start")
     kept = train.Nano(train.TOKENIZERS)

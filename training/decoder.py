@@ -43,11 +43,6 @@ def draw(nano: Nano, batch: Batch) -> Tensor:
     return latents
 
 
-def shown_loss(output: Tensor, target: Tensor) -> Tensor:
-    """How far `output` `(B, 3, H, W)` is from the true pictures: decibels, pixels and edges."""
-    return decibels(output - target, PIXELS).mean() + reconstruction_loss(output, target)
-
-
 def train(minutes: float, size: int, lr: float, init: Path, checkpoint: Path, seed: int) -> None:
     """One process's work."""
     nano = Nano(TOKENIZERS).requires_grad_(False)
@@ -73,7 +68,7 @@ def train(minutes: float, size: int, lr: float, init: Path, checkpoint: Path, se
         latents = torch.where(true[:, None, None, None], encoded, drawn)
         with autocast():
             output = decoder(as_encoded(latents)).float()
-        run.update(shown_loss(output, target))
+        run.update(decibels(output - target, PIXELS).mean() + reconstruction_loss(output, target))
         if not true.all():
             now = psnr(output[~true].detach(), target[~true])
             smooth = now if smooth is None else 0.98 * smooth + 0.02 * now
