@@ -222,8 +222,8 @@ def test_an_endless_body_is_cut(serve: Callable[..., Any]) -> None:
 
 def test_a_slow_body_is_cut(serve: Callable[..., Any]) -> None:
     server, began = serve(), time.monotonic()
-    with pytest.raises(InputError, match=r"more than 0\.5 seconds"):
-        fetch(local(seconds=0.5), f"http://127.0.0.1:{server.server_port}/slow")
+    with pytest.raises(InputError, match="more than 3 seconds"):  # in fewer, a busy machine may send nothing
+        fetch(local(seconds=3), f"http://127.0.0.1:{server.server_port}/slow")
     assert time.monotonic() - began < 20
     assert server.cut.wait(60)
 
