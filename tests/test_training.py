@@ -369,7 +369,7 @@ def test_what_is_drawn_is_compared_with_the_picture_at_each_step(cache: Path) ->
     (decoded,) = model.vae.decoder.call_args.args
     torch.testing.assert_close(decoded, latents.as_encoded(clean[:1] + 1), atol=1e-5, rtol=1e-5)
     model.encode.assert_called_once_with(batch.style, batch.prompts)
-    assert len(levels) == train.DRAWN
+    assert len(levels) == train.PATH
     assert levels[0].tolist() == [1, 1]
     assert all((then < now).all() for now, then in pairwise(levels))
 
@@ -381,7 +381,8 @@ def test_an_error_finer_than_four_pixels_counts_once(cache: Path) -> None:
     vae.decoder.return_value = 0.1 * torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).tile(2, 3, 64, 64)
     loss = train.shown_loss(vae, batch.target, batch, None, torch.zeros(2), None)
     fine, coarse = math.log(0.1**2 + train.LEAST), math.log(train.LEAST)
-    assert loss.item() == pytest.approx(train.PIXELS[1] * fine + train.PIXELS[4] * coarse, rel=1e-4)
+    squares = sum(weight for side, weight in train.PIXELS.items() if side > 1)
+    assert loss.item() == pytest.approx(train.PIXELS[1] * fine + squares * coarse, rel=1e-4)
 
 
 def test_a_batch_is_learned_where_the_model_is(cache: Path) -> None:

@@ -72,10 +72,11 @@ KINDS = {
 # and each seed's are others: no more of it than keeps guidance and mixing.
 TURNS = ("drawn",) * 11 + ("guided",)
 MIXED = 0.5  # of the batches that learn guidance: two style pictures of different looks
-DRAWN = 3  # steps that lead from noise to the picture, where it learns what it draws itself
+PATH = 8  # steps that lead from noise to the picture, where it learns what it draws itself
+COUNTED = 3  # of them, the last one and others at random
 PARTS = 0.5  # weight of the squared error there
 COLOURS = 1.5  # and of that of colours
-PIXELS = {1: 0.2, 4: 0.4}  # and of the decibels of what the decoder shows at the end, by sides of squares
+PIXELS = {1: 0.2, 4: 0.4, 16: 0.4}  # and of the decibels of what the decoder shows, by sides of squares
 DECODED = 0.5  # of the pictures, there
 REWARD = 0.13  # its weight at the end of the slider
 TEXTURE = 20.0  # beside finding the look: its texture as in the true picture; a gradient twice as large
@@ -414,7 +415,7 @@ def unpacked(tokens: Tensor, *, like: Tensor) -> Tensor:
 
 
 def drawn_loss(model: Nano, batch: Batch, reward: Reward | None) -> Tensor:
-    """How far what is predicted at each of DRAWN steps of its own, from pure noise on, is from the picture.
+    """How far what is predicted at COUNTED of PATH steps of its own, from pure noise on, is from the picture.
 
     There no trace of the true picture helps, as there is in noise mixed with it. Counted are the squared
     error, most of all that of colours 16 pixels square, for finer parts would be blurred; with a reward also
@@ -431,20 +432,22 @@ def drawn_loss(model: Nano, batch: Batch, reward: Reward | None) -> Tensor:
     with torch.no_grad():
         texture = None if reward is None or batch.looks is None else reward(clean)[2]
     loss = torch.zeros((), device=clean.device)
-    for step in range(1, DRAWN + 1):
+    counted = [*(1 + torch.randperm(PATH - 1)[: COUNTED - 1]).tolist(), PATH]
+    for step in range(1, PATH + 1):
         output = model(latents, sigma, slider, **batch.conditions, encoded=encoded)
         velocity = unpacked(output, like=latents)
-        predicted = latents - sigma[:, None, None, None] * velocity
-        loss += PARTS * F.mse_loss(predicted, clean)
-        loss += COLOURS * F.mse_loss(F.avg_pool2d(predicted, 2), F.avg_pool2d(clean, 2))
-        asked = REWARD * (guidance_weight(slider, sigma) - 1) / (highest - 1)
-        if reward is not None:
-            loss += (asked * missed(reward, predicted, batch, texture)).mean()
-        then = shifted(1 - (step - torch.rand_like(sigma)) / (DRAWN - 1))
+        if step in counted:
+            predicted = latents - sigma[:, None, None, None] * velocity
+            loss += PARTS * F.mse_loss(predicted, clean)
+            loss += COLOURS * F.mse_loss(F.avg_pool2d(predicted, 2), F.avg_pool2d(clean, 2))
+            asked = REWARD * (guidance_weight(slider, sigma) - 1) / (highest - 1)
+            if reward is not None:
+                loss += (asked * missed(reward, predicted, batch, texture)).mean()
+        then = shifted(1 - (step - torch.rand_like(sigma)) / (PATH - 1))
         latents = (latents + (then - sigma)[:, None, None, None] * velocity).detach()
         sigma = then
     part = batch.first(round(DECODED * len(clean)))
-    return loss / DRAWN + shown_loss(model.vae, predicted, part, reward, asked, texture)
+    return loss / COUNTED + shown_loss(model.vae, predicted, part, reward, asked, texture)
 
 
 def shown_loss(
