@@ -339,11 +339,12 @@ def test_the_reward_asks_for_look_and_subject_as_much_as_the_slider(
     assert added[2] > 0
 
 
-def test_what_is_drawn_is_compared_with_the_picture_at_each_step(cache: Path) -> None:
-    """A model off by one everywhere has that loss, and is led from noise to what it predicts.
+@pytest.mark.parametrize(("first_off", "share"), [(1, 1), (train.PATH, 1 / train.COUNTED)])
+def test_what_is_drawn_is_compared_with_the_picture(cache: Path, first_off: int, share: float) -> None:
+    """A model off by one has that loss where it is counted, and is led from noise to what it predicts.
 
-    Of the last prediction the decoder's picture counts as well, off by .1 here. Without look and name in what
-    is asked for, the reward has no say.
+    The last prediction always is, and of it the decoder's picture, off by .1 here. Without look and name in
+    what is asked for, the reward has no say.
     """
     clean, levels = torch.randn(2, 16, 16, 16), []
 
@@ -351,8 +352,9 @@ def test_what_is_drawn_is_compared_with_the_picture_at_each_step(cache: Path) ->
         levels.append(now)
         assert conditions["encoded"] is model.encode.return_value
         at = now[:, None, None, None]
-        torch.testing.assert_close(latents, (clean + 1).lerp(noise, at), atol=1e-5, rtol=1e-5)
-        return train.pack_latents((latents - clean - 1) / at)
+        before = clean + int(first_off == 1)
+        torch.testing.assert_close(latents, before.lerp(noise, at), atol=1e-5, rtol=1e-5)
+        return train.pack_latents((latents - clean - int(len(levels) >= first_off)) / at)
 
     model = mock.Mock(side_effect=velocity)
     model.vae.decoder.return_value = torch.full((1, 3, 128, 128), 0.1)
@@ -365,7 +367,7 @@ def test_what_is_drawn_is_compared_with_the_picture_at_each_step(cache: Path) ->
     unasked = mock.Mock(side_effect=AssertionError)
     loss = train.drawn_loss(model, batch, unasked)
     shown = sum(train.PIXELS.values()) * math.log(0.1**2 + train.LEAST)
-    assert loss.item() == pytest.approx(train.PARTS + train.COLOURS + shown, rel=1e-4)
+    assert loss.item() == pytest.approx(share * (train.PARTS + train.COLOURS) + shown, rel=1e-4)
     (decoded,) = model.vae.decoder.call_args.args
     torch.testing.assert_close(decoded, latents.as_encoded(clean[:1] + 1), atol=1e-5, rtol=1e-5)
     model.encode.assert_called_once_with(batch.style, batch.prompts)
