@@ -376,6 +376,22 @@ def test_what_is_drawn_is_compared_with_the_picture(cache: Path, first_off: int,
     assert all((then < now).all() for now, then in pairwise(levels))
 
 
+def test_the_first_prediction_is_compared_with_the_picture(cache: Path) -> None:
+    """A model off by .1 in every other latent: coarser squares are right."""
+    clean = torch.randn(2, 16, 16, 16)
+    off = 0.1 * torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).tile(2, 16, 8, 8)
+
+    def velocity(noise: torch.Tensor, sigma: torch.Tensor, *_: object, **conditions: object) -> torch.Tensor:
+        assert sigma.tolist() == [1, 1]
+        return train.pack_latents(noise - clean - off)
+
+    batch = train.Batch(clean, torch.zeros(2, 3, 128, 128), None, None, ["", ""])
+    loss = train.first_loss(mock.Mock(side_effect=velocity), batch)
+    fine, coarse = math.log(0.1**2 + train.LEAST_LATENTS), math.log(train.LEAST_LATENTS)
+    squares = sum(weight for side, weight in train.LATENTS_FIRST.items() if side > 1)
+    assert loss.item() == pytest.approx(train.LATENTS_FIRST[1] * fine + squares * coarse, rel=1e-4)
+
+
 def test_an_error_finer_than_four_pixels_counts_once(cache: Path) -> None:
     pixels = torch.zeros(2, 3, 128, 128)
     batch = train.Batch(torch.zeros(2, 16, 16, 16), pixels, content=None, style=None, prompts=["", ""])
@@ -402,7 +418,8 @@ def test_a_batch_is_learned_where_the_model_is(cache: Path) -> None:
         right=torch.tensor([0, 2]),
         named=torch.tensor([-1, 4]),
     ).to(meta)
-    for loss in (train.loss_of(nano, batch, nano), train.drawn_loss(nano, batch, network)):
+    losses = (train.loss_of(nano, batch, nano), train.first_loss(nano, batch))
+    for loss in (*losses, train.drawn_loss(nano, batch, network)):
         assert loss.device == meta
         loss.backward()
     style_pictures = torch.zeros(4, 3, 128, 128, device=meta)
