@@ -205,6 +205,7 @@ def test_the_whole_first_use(visit: Callable[..., Page], width: int, tmp_path: P
     page.get_by_role("button", name="Details").click()
     says(page, "Done in")
     expect(page.locator("#about")).to_contain_text("about", timeout=WAIT)
+    page.wait_for_function("[...document.querySelectorAll('#result img')].every(image => image.complete)")
     page.screenshot(path=shots / f"page-{width}.png", full_page=width < 640)
     seed = re.search(r"Seed (\d+)", page.inner_text("#info"))
     assert seed is not None
