@@ -69,8 +69,8 @@ KINDS = {
     "text + look": 0.03,
 }
 # What the steps learn, one after the other. From pictures mixed with noise it learns to see things in noise,
-# and each seed's are others: no more of it than keeps guidance and mixing. All that is coarse is settled by
-# the first prediction, and learned there at a sixth of what a way costs.
+# and each seed's are others: no more of it than keeps guidance and mixing. Most of what is coarse is
+# settled by the first prediction, and learned there at a sixth of what a way costs.
 TURNS = (("first",) * 3 + ("drawn",)) * 5 + ("first",) * 3 + ("guided",)
 LATENTS_FIRST = {1: 0.4, 2: 0.4, 4: 0.2}  # weights of the first prediction's decibels, by sides of squares
 MIXED = 0.5  # of the batches that learn guidance: two style pictures of different looks
