@@ -22,6 +22,7 @@ from training import (
     cpu,
     decoder,
     export,
+    judges,
     latents,
     loop,
     models,
@@ -266,6 +267,34 @@ def test_style_path_is_trained_first_and_taken_over(cache: Path) -> None:
     assert not [
         name for name in taken.missing_keys if name in dict(nano.named_parameters()) and "style" in name
     ]
+
+
+@pytest.mark.parametrize("name", ["style", "subject"])
+def test_a_judge_goes_on_and_is_measured_on_what_it_has_not_seen(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    pictures = np.random.default_rng(0).integers(0, 255, (2, 20, PICTURES, 128, 128, 3), np.uint8)
+    pictures[:, 18:, :, 0] = 255
+    shown = []
+
+    def view(rng: np.random.Generator, picture: np.ndarray) -> np.ndarray:
+        shown.append(picture.max())
+        return picture
+
+    monkeypatch.setattr(judges, "load_pool", lambda: pictures)
+    monkeypatch.setattr(judges, "BATCH", 18)
+    monkeypatch.setattr(judges, "view", view)
+    minutes, checkpoint = ONE_STEP, cache / "judge.pt"
+    for step in (1, 2):
+        judges.train(name, minutes, 2e-3, checkpoint, 0)
+        state = torch.load(checkpoint, weights_only=True)
+        assert state["step"] == step
+        minutes = state["elapsed"] / 60 + ONE_STEP
+    assert len(shown) == 2 * 2 * 18
+    assert max(shown) < 255
+    judge = judges.Judge(spatial=name == "subject").eval()
+    judge.load_state_dict(loop.averaged_weights(checkpoint))
+    assert "100.0% in the top 5" in judges.measured(name, judge)  # of two
 
 
 def test_a_prompt_alone_always_draws_the_same(cache: Path) -> None:

@@ -1,4 +1,4 @@
-"""Two small judges of pictures: `python -m training.judges --minutes 5` trains them into assets/judges/.
+"""Two small judges of pictures: `python -m training.judges --minutes 5` trains each into assets/judges/.
 
 The style judge says which of many looks a picture has, the subject judge which of many plain pictures it
 shows. Both learn contrastively, on their own pool: drawn from another seed than the model's, so other looks
@@ -6,9 +6,7 @@ and other views of the subjects that are not held out. No loss of the model uses
 `training.evaluate` does.
 """
 
-import argparse
 import multiprocessing
-import time
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +20,7 @@ from tqdm import tqdm
 
 from training.data import CACHE
 from training.looks import FAMILIES, HELD_OUT_FAMILIES, apply, draw_look
+from training.loop import Run, averaged_weights, data_rng, device, kernels_by_muon, launch, training_options
 from training.pool import SIDE, Contents, write_subjects
 from training.style import contrast_loss
 
@@ -85,14 +84,17 @@ def found(similar: np.ndarray, *, top: int = 5) -> np.ndarray:
     return (similar > own[:, None]).sum(1) < top
 
 
-def load_judges(folder: Path = JUDGES) -> dict[str, Judge]:
+def load_judges() -> dict[str, Judge]:
     """The judges of "style" and "subject"."""
-    judges = {}
-    for name in ("style", "subject"):
-        judges[name] = Judge(spatial=name == "subject").eval()
-        weights = load_file(folder / f"{name}.safetensors")
-        judges[name].load_state_dict({key: value.float() for key, value in weights.items()})
-    return judges
+    return {name: load_judge(name) for name in ("style", "subject")}
+
+
+def load_judge(name: str) -> Judge:
+    """The judge of "style" or "subject"."""
+    judge = Judge(spatial=name == "subject").eval()
+    weights = load_file(JUDGES / f"{name}.safetensors")
+    judge.load_state_dict({key: value.float() for key, value in weights.items()})
+    return judge
 
 
 def _draw_looks(job: tuple[int, int, list[str]]) -> tuple[np.ndarray, np.ndarray]:
@@ -145,53 +147,42 @@ def view(rng: np.random.Generator, picture: np.ndarray) -> np.ndarray:
     return cv2.resize(crop, (SIDE, SIDE), interpolation=cv2.INTER_LINEAR)
 
 
-def train_judge(name: str, contents: np.ndarray, targets: np.ndarray, minutes: float) -> Judge:
-    """Train for `minutes` of this process's own time; the last tenth of the looks only measures."""
-    torch.manual_seed(SEED)
-    rng = np.random.default_rng(SEED)
-    judge = Judge(spatial=name == "subject")
-    optimizer = torch.optim.AdamW(judge.parameters(), weight_decay=0.05)
-    last = len(targets) * 9 // 10
-    start, progress, step = time.process_time(), 0.0, 0
-    bar = tqdm(total=100, desc=name, mininterval=5)
-    while progress < 1:
-        looks = rng.choice(last, BATCH, replace=False)
+def train(name: str, minutes: float, lr: float, checkpoint: Path, seed: int) -> None:
+    """One process's work: two pictures of each of BATCH looks a step; for subjects, one of them plain.
+
+    The last tenth of the looks is left for `measured`.
+    """
+    contents, targets = load_pool()
+    judge = Judge(spatial=name == "subject").to(device())
+    run = Run(judge, kernels_by_muon(judge, lr), lr=lr, minutes=minutes, checkpoint=checkpoint)
+    rng = data_rng(seed, run.step)
+    while run.progress < 1:
+        looks = rng.choice(len(targets) * 9 // 10, BATCH, replace=False)
         pairs = np.array([rng.choice(PICTURES, 2, replace=False) for _ in looks])
         firsts = targets[looks, pairs[:, 0]]
         seconds = targets[looks, pairs[:, 1]] if name == "style" else contents[looks, pairs[:, 0]]
         views = [np.stack([view(rng, picture) for picture in pictures]) for pictures in (firsts, seconds)]
-        first, second = judge(as_input(np.concatenate(views))).chunk(2)
+        first, second = judge(as_input(np.concatenate(views)).to(device())).chunk(2)
         loss = contrast_loss(first, second)
-        for group in optimizer.param_groups:
-            group["lr"] = 3e-3 * min(1.0, (step + 1) / 30, 1.5 * (1 - progress) + 0.003)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        step += 1
-        progress = min(1.0, (time.process_time() - start) / (60 * minutes))
-        bar.n = round(100 * progress)
-        bar.set_postfix_str(f"step {step} loss {loss.item():.3f}", refresh=False)
-        bar.update(0)
-    judge.eval()
-    unseen, plain = targets[last:], contents[last:]
-    gallery = unseen[:, 1] if name == "style" else plain[:, 0]
-    similar = judge.embed(unseen[:, 0]) @ judge.embed(gallery).T
-    bar.write(
-        f"{name}: {found(similar, top=1).mean():.1%} found first, {found(similar).mean():.1%} in the top 5"
-    )
-    return judge
+        run.update(loss)
+        run.show(f"{name} loss {loss.item():.3f}")
+
+
+def measured(name: str, judge: Judge) -> str:
+    """How often a judge finds the right look or subject among those that its training did not see."""
+    contents, targets = (arrays[len(arrays) * 9 // 10 :] for arrays in load_pool())
+    similar = judge.embed(targets[:, 0]) @ judge.embed(targets[:, 1] if name == "style" else contents[:, 0]).T
+    return f"{name}: {found(similar, top=1).mean():.1%} found first, {found(similar).mean():.1%} in the top 5"
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=5, help="of processor time, each judge (default 5)")
-    parser.add_argument("--processes", type=int, default=2, help="worker processes that draw (default 2)")
+    parser = training_options(__doc__, minutes=5)
     a = parser.parse_args()
-    torch.set_num_threads(1)
-    cv2.setNumThreads(1)
-    drawn = load_pool(a.processes)
+    load_pool()
     JUDGES.mkdir(exist_ok=True)
     for judged in ("style", "subject"):
-        trained = train_judge(judged, *drawn, a.minutes)
-        weights = {key: value.half().contiguous() for key, value in trained.state_dict().items()}
+        saved = CACHE / f"judge-{judged}.pt"
+        launch(train, judged, a.minutes, a.lr, saved, a.seed, processes=a.processes, seed=a.seed)
+        weights = {key: value.half().contiguous() for key, value in averaged_weights(saved).items()}
         save_file(weights, JUDGES / f"{judged}.safetensors")
+        print(measured(judged, load_judge(judged)))
