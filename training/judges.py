@@ -123,18 +123,18 @@ def _draw_looks(job: tuple[int, int, list[str]]) -> tuple[np.ndarray, np.ndarray
 
 def load_pool(processes: int = 2, looks: int = LOOKS) -> tuple[np.ndarray, np.ndarray]:
     """The judges' pool: contents and targets `(looks, PICTURES, 128, 128, 3)`, drawn unless in the cache."""
-    path = CACHE / f"judges-{looks}.npz"
-    if not path.exists():
+    folder = CACHE / f"judges-{looks}"
+    if not folder.exists():
         names = write_subjects()
         jobs = [(first, min(first + 50, looks), names) for first in range(0, looks, 50)]
         with multiprocessing.Pool(processes) as pool:
             parts = list(tqdm(pool.imap(_draw_looks, jobs), total=len(jobs), desc="pool"))
-        contents, targets = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-        partial_path = path.with_name(f"{path.stem}.part.npz")
-        np.savez(partial_path, contents=contents, targets=targets)
-        partial_path.rename(path)
-    arrays = np.load(path)
-    return arrays["contents"], arrays["targets"]
+        partial_folder = folder.with_suffix(".part")
+        partial_folder.mkdir(exist_ok=True)
+        for kind, arrays in zip(("contents", "targets"), zip(*parts, strict=True), strict=True):
+            np.save(partial_folder / f"{kind}.npy", np.concatenate(arrays))
+        partial_folder.rename(folder)
+    return np.load(folder / "contents.npy", mmap_mode="r"), np.load(folder / "targets.npy", mmap_mode="r")
 
 
 def view(rng: np.random.Generator, picture: np.ndarray) -> np.ndarray:
@@ -178,7 +178,7 @@ def measured(name: str, judge: Judge) -> str:
 if __name__ == "__main__":
     parser = training_options(__doc__, minutes=5)
     a = parser.parse_args()
-    load_pool()
+    load_pool(a.processes or 2)
     JUDGES.mkdir(exist_ok=True)
     for judged in ("style", "subject"):
         saved = CACHE / f"judge-{judged}.pt"
