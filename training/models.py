@@ -19,7 +19,7 @@ NANO = Path(__file__).parents[1] / "assets" / "nano"
 # all pictures are squares of it: others need another way to find the content (README, "Next")
 NATIVE_SIDE = 128
 NATIVE_SCALE = 0.25  # of the `content_long_size` asked for: 512 fills the square
-SHIFT = 2.25  # of the schedule
+SHIFT = 2.4  # of the schedule
 MAX_SEQUENCE_LENGTH = 24
 VOCABULARY = 1500
 TEXT_WIDTH = 128

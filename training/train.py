@@ -71,7 +71,7 @@ KINDS = {
 # What the steps learn, one after the other. From pictures mixed with noise it learns to see things in noise,
 # and each seed's are others: no more of it than keeps guidance and mixing. Most of what is coarse is
 # settled by the first prediction, and learned there at a sixth of what a way costs.
-TURNS = (("first",) * 3 + ("drawn",)) * 5 + ("first",) * 3 + ("guided",)
+TURNS = ("first", "drawn") * 11 + ("first", "guided")
 LATENTS_FIRST = {1: 0.4, 2: 0.4, 4: 0.2}  # weights of the first prediction's decibels, by sides of squares
 MIXED = 0.5  # of the batches that learn guidance: two style pictures of different looks
 PATH = 8  # steps that lead from noise to the picture, where it learns what it draws itself
@@ -80,7 +80,7 @@ PARTS = 0.5  # weight of the squared error there
 COLOURS = 1.5  # and of that of colours
 PIXELS = {1: 0.2, 4: 0.4, 16: 0.4}  # and of the decibels of what the decoder shows, by sides of squares
 DECODED = 0.5  # of the pictures, there
-REWARD = 0.13  # its weight at the end of the slider
+REWARD = 0.17  # its weight at the end of the slider
 TEXTURE = 20.0  # beside finding the look: its texture as in the true picture; a gradient twice as large
 LEAST = 1e-3  # of the squared error of pixels in [-1, 1]: 36 dB and more count alike
 LEAST_LATENTS = 1e-2  # of that of unit-normal latents
