@@ -28,11 +28,13 @@ from training import (
     models,
     reward,
     style,
+    tells,
     text,
     train,
     vae,
     words,
 )
+from training.looks import draw_look
 from training.pool import PICTURES
 from uso.model.pipeline import USOPipeline
 
@@ -65,7 +67,10 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for module, name in ((reward, "CHECKPOINT"), (train, "REWARD_CHECKPOINT")):
         monkeypatch.setattr(module, name, tmp_path / "reward.pt")
     monkeypatch.setattr(ablate, "FOLDER", tmp_path)
-    looks = [{"id": i, "family": "halftone", "words": "halftone, navy and cream"} for i in range(2)]
+    looks = [{"id": 0, "family": "painting: oil", "words": "oil painting, navy and cream"}]
+    drawn = draw_look(np.random.default_rng(0), "halftone")
+    told = {"params": drawn.params, "palette": drawn.palette.tolist()}
+    looks.append({"id": 1, "family": drawn.family, "words": drawn.words, **told})
     for i, split in enumerate(("train", "named")):
         shard = tmp_path / "pool" / f"{split}-0000"
         shard.mkdir(parents=True)
@@ -263,10 +268,9 @@ def test_style_path_is_trained_first_and_taken_over(cache: Path) -> None:
     nano = train.Nano(train.TOKENIZERS)
     taken = nano.load_state_dict(trained, strict=False)
     assert not taken.unexpected_keys
-    assert {name.split(".")[1] for name in trained} == {"image_encoder", "style_projector"}
-    assert not [
-        name for name in taken.missing_keys if name in dict(nano.named_parameters()) and "style" in name
-    ]
+    assert {name.split(".")[1] for name in trained} == {"image_encoder", "style_projector", "read"}
+    missing = set(taken.missing_keys) & set(dict(nano.named_parameters()))
+    assert not [name for name in missing if "style" in name or "tells" in name]
 
 
 @pytest.mark.parametrize("name", ["style", "subject"])
@@ -387,6 +391,7 @@ def test_what_is_drawn_is_compared_with_the_picture(cache: Path, first_off: int,
 
     model = mock.Mock(side_effect=velocity)
     model.vae.decoder.return_value = torch.full((1, 3, 128, 128), 0.1)
+    model.told_loss.return_value = 0.25
     torch.manual_seed(0)
     train.random_slider(2, clean.device)
     noise = torch.randn_like(clean)
@@ -396,7 +401,8 @@ def test_what_is_drawn_is_compared_with_the_picture(cache: Path, first_off: int,
     unasked = mock.Mock(side_effect=AssertionError)
     loss = train.drawn_loss(model, batch, unasked)
     shown = sum(train.PIXELS.values()) * math.log(0.1**2 + train.LEAST)
-    assert loss.item() == pytest.approx(share * (train.PARTS + train.COLOURS) + shown, rel=1e-4)
+    assert loss.item() == pytest.approx(share * (train.PARTS + train.COLOURS) + shown + 0.25, rel=1e-4)
+    model.told_loss.assert_called_once_with(model.encode.return_value, batch)
     (decoded,) = model.vae.decoder.call_args.args
     torch.testing.assert_close(decoded, latents.as_encoded(clean[:1] + 1), atol=1e-5, rtol=1e-5)
     model.encode.assert_called_once_with(batch.style, batch.prompts)
@@ -415,10 +421,12 @@ def test_the_first_prediction_is_compared_with_the_picture(cache: Path) -> None:
         return train.pack_latents(noise - clean - off)
 
     batch = train.Batch(clean, torch.zeros(2, 3, 128, 128), None, None, ["", ""])
-    loss = train.first_loss(mock.Mock(side_effect=velocity), batch)
+    model = mock.Mock(side_effect=velocity)
+    model.told_loss.return_value = 0.25
+    loss = train.first_loss(model, batch)
     fine, coarse = math.log(0.1**2 + train.LEAST_LATENTS), math.log(train.LEAST_LATENTS)
     squares = sum(weight for side, weight in train.LATENTS_FIRST.items() if side > 1)
-    assert loss.item() == pytest.approx(train.LATENTS_FIRST[1] * fine + squares * coarse, rel=1e-4)
+    assert loss.item() == pytest.approx(train.LATENTS_FIRST[1] * fine + squares * coarse + 0.25, rel=1e-4)
 
 
 def test_an_error_finer_than_four_pixels_counts_once(cache: Path) -> None:
@@ -446,13 +454,14 @@ def test_a_batch_is_learned_where_the_model_is(cache: Path) -> None:
         looks=torch.zeros(3, reward.EMBEDDING),
         right=torch.tensor([0, 2]),
         named=torch.tensor([-1, 4]),
+        told=torch.zeros(2, sum(tells.PARTS)),
     ).to(meta)
     losses = (train.loss_of(nano, batch, nano), train.first_loss(nano, batch))
     for loss in (*losses, train.drawn_loss(nano, batch, network)):
         assert loss.device == meta
         loss.backward()
     style_pictures = torch.zeros(4, 3, 128, 128, device=meta)
-    look, drawing = style.StylePath().to(meta)(style_pictures)
+    _, look, drawing = style.StylePath().to(meta)(style_pictures)
     assert style.contrast_loss(look, drawing).device == meta
 
 
@@ -469,6 +478,33 @@ def test_trains_on_a_gpu(tmp_path: Path) -> None:
     assert (tmp_path / "reward.pt").exists()
 
 
+def test_only_style_pictures_in_their_place_tell_a_look(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare()
+    shard = train.Shard("train-0000", [f"subject {i}" for i in range(2 * PICTURES)], None)
+    painted_and_halftone = [0, PICTURES]
+    for sheets, known in ((0, [False, True]), (1, [False, False])):
+        monkeypatch.setattr(train, "SHEETS", sheets)
+        monkeypatch.setattr(train, "SAME", 0)
+        batch = shard.batch("content + style", painted_and_halftone, np.random.default_rng(0))
+        assert batch.told is not None
+        assert (~batch.told.isnan()).any(1).tolist() == known
+        nano = train.Nano(train.TOKENIZERS)
+        loss = nano.told_loss(nano.encode(batch.style, batch.prompts), batch)
+        loss.backward()
+        gradients = [p.grad.abs().sum() for p in nano.conditioning["style_projector"].parameters()]
+        assert (torch.stack(gradients) > 0).all().item() == any(known)
+
+
+def test_a_part_of_the_style_picture_is_the_picture_itself() -> None:
+    picture, other = (np.full((128, 128, 3), level, np.uint8) for level in (20, 220))
+    shares = [
+        (train.with_part(np.random.default_rng(seed), picture, other) == other).mean() for seed in range(20)
+    ]
+    assert all(train.LEAST_PART**2 - 0.01 < share <= 1 for share in shares)
+    assert np.ptp(shares) > 0.2
+    assert (picture == 20).all()
+
+
 def test_an_ablation_differs_by_what_it_leaves_out(cache: Path) -> None:
     prepare()
     style.train(ONE_STEP, 2, 1e-3, style.CHECKPOINT, 0)
@@ -480,7 +516,8 @@ def test_an_ablation_differs_by_what_it_leaves_out(cache: Path) -> None:
         nano.load_exported(cache / "start")
         for name, module in nano.named_parameters():
             same = torch.equal(module, kept.get_parameter(name))
-            assert same or name.startswith(("conditioning.image_encoder", "conditioning.style_projector"))
+            style_path = "conditioning.image_encoder", "conditioning.style_projector", "tells"
+            assert same or name.startswith(style_path)
     weight = "conditioning.image_encoder.embeddings.patch_embedding.weight"
     trained = train.encoder_weights(style.CHECKPOINT)[weight]
     assert torch.equal(aligned.get_parameter(weight), trained)

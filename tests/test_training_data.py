@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 import pytest
 
-from training import data, evaluate, judges, looks, painterly, pool
+from training import data, evaluate, judges, looks, painterly, pool, tells
 
 
 def drawing(size: int = 128) -> np.ndarray:
@@ -206,8 +206,51 @@ def test_a_held_out_look_is_drawn_again(subjects: list[str], monkeypatch: pytest
     contents = pool.Contents(subjects, unseen=False)
     first = looks.draw_look(np.random.default_rng(7), "poster")
     monkeypatch.setitem(data.HELD_OUT, "looks", [first.name])
-    _, words, _ = pool.draw_set(np.random.default_rng(7), contents, "poster")
-    assert words != first.words
+    look, _ = pool.draw_set(np.random.default_rng(7), contents, "poster")
+    assert look["words"] != first.words
+
+
+@pytest.mark.parametrize("family", [*tells.SCREENS, *tells.GRIDS, "blueprint", "crt screen", "reeded glass"])
+def test_waves_are_those_of_the_drawing(family: str) -> None:
+    """At most waves a drawing's spectrum is several times what it is nearby in other directions."""
+    side = 256
+    stands_out = []
+    for i in range(4):
+        look = looks.draw_look(np.random.default_rng(i), family)
+        tones = np.kron(
+            [[40, 90], [150, 215]], np.ones((side // 2, side // 2))
+        )  # some marks are of some tones
+        picture = np.dstack([tones, tones, tones, np.full_like(tones, 255)]).astype(np.uint8)
+        drawn = looks.apply(look, picture, seed=i).astype(np.float64)
+        drawn -= drawn.mean((0, 1))
+        window = np.hanning(side)[:, None] * np.hanning(side)
+        at = (np.arange(side) + 0.5) / side
+        for x, y in tells.waves(family, look.params):
+            wave = np.exp(-2j * np.pi * (x * at + y * at[:, None]))
+            strength = np.abs((drawn * (window * wave)[..., None]).sum((0, 1))).max()
+            radius = np.hypot(x, y) * 1.07
+            around = [
+                np.exp(-2j * np.pi * radius * (np.cos(t) * at + np.sin(t) * at[:, None]))
+                for t in np.linspace(0.2, np.pi, 12)
+            ]
+            others = [np.abs((drawn * (window * each)[..., None]).sum((0, 1))).max() for each in around]
+            stands_out.append(strength > 3 * np.median(others))
+    assert np.mean(stands_out) > 0.7
+
+
+def test_what_is_told_of_a_look() -> None:
+    look = looks.draw_look(np.random.default_rng(0), "pixel art")
+    record = {"family": look.family, "params": look.params, "palette": look.palette.tolist()}
+    told = tells.to_be_told(record)
+    phases, values, palette = np.split(told, np.cumsum(tells.PARTS)[:-1])
+    cells = round(1 / look.params["cell"])
+    phases = phases.reshape(tells.WAVES, 2, len(tells.PLACES), 2)
+    np.testing.assert_allclose(phases[0, 0, -1, 0], np.cos(2 * np.pi * cells * 7 / 8), atol=1e-4)
+    np.testing.assert_allclose(phases[0, 1, :, 0], 1)  # its columns do not change downwards
+    assert np.isnan(phases[2:]).all()
+    assert (~np.isnan(values)).sum() == len(look.params)
+    np.testing.assert_allclose(palette.reshape(5, 3) / 2 + 0.5, look.palette, atol=1e-6)
+    assert np.isnan(tells.to_be_told({"family": "painting: oil"})).all()
 
 
 def test_the_evaluated_looks_are_not_in_the_pool() -> None:

@@ -89,8 +89,8 @@ class SamePictures(Shard):
 class LatentStyles(Shard):
     """Style pictures are latents."""
 
-    def random_style(self, row: int, rng: np.random.Generator, same: float) -> Tensor:
-        return unit_normal(self.target[self.siblings(row, rng, 1)[0]])
+    def random_style(self, row: int, rng: np.random.Generator, same: float) -> tuple[Tensor, bool]:
+        return unit_normal(self.target[self.siblings(row, rng, 1)[0]]), True
 
 
 RUNS: dict[str, tuple[type[Nano], type[Shard]]] = {

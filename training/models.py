@@ -25,6 +25,8 @@ VOCABULARY = 1500
 TEXT_WIDTH = 128
 STYLE_SIZE = 128
 STYLE_WIDTH = 192
+STYLE_LEVELS = (-1, -3, -5)  # hidden states
+STYLE_TOKENS = 24  # of all levels
 
 
 def build_vae() -> AutoencoderKL:
@@ -106,8 +108,8 @@ def build_style_path() -> nn.ModuleDict:
         hidden_size=192,
         siglip_width=STYLE_WIDTH,
         siglip_tokens=(STYLE_SIZE // 16) ** 2,
-        tokens_per_level=8,
-        levels=(-1, -3, -5),
+        tokens_per_level=STYLE_TOKENS // len(STYLE_LEVELS),
+        levels=STYLE_LEVELS,
     )
     return nn.ModuleDict({"image_encoder": SiglipVisionModel(siglip), "style_projector": projector})
 

@@ -10,6 +10,7 @@ import argparse
 import multiprocessing
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import cv2
 import numpy as np
@@ -110,14 +111,15 @@ def make_shard(job: tuple[str, int, int, list[str]]) -> int:
     cv2.setNumThreads(1)
     painter, contents = Painter(), pool_contents(names, split)
 
-    def draw(_: int, rng: np.random.Generator) -> tuple[str, str, Rows]:
+    def draw(_: int, rng: np.random.Generator) -> tuple[dict[str, Any], Rows]:
         while True:
             painting = draw_painting(rng, unseen=split == "paintings")
             rows = draw_rows(rng, contents, partial(painter.draw, painting))
             if rows is not None:
                 pictures = np.stack([target for _, target, _ in rows])
                 main_manner = max(painting.weights, key=painting.weights.__getitem__)
-                return f"painting: {MANNERS[main_manner]}", words(painting, pictures), rows
+                family = f"painting: {MANNERS[main_manner]}"
+                return {"family": family, "words": words(painting, pictures)}, rows
 
     write_shard(split, number, count, draw)
     return count

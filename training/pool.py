@@ -6,7 +6,8 @@
     target.npy   uint8 (N, 128, 128, 3)  the same pictures in a look
     look.npy     int64 (N,)  id of the look
     subject.npy  int64 (N,)  row of subjects.json
-    looks.json   [{"id", "family", "words"}, ...]; a look's PICTURES rows are neighbours, in this order
+    looks.json   [{"id", "family", "words", "params", "palette"}, ...], of painted looks the first three; a
+                 look's PICTURES rows are neighbours, in this order
 
 and `CACHE/pool/subjects.json`: [{"name", "held_out"}, ...]. A folder appears when it is complete. Splits:
 "train"; "named" (the same subjects, each always by the same drawing in the same place: what a prompt alone
@@ -20,6 +21,7 @@ import multiprocessing
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import cv2
 import numpy as np
@@ -243,19 +245,27 @@ def draw_rows(rng: np.random.Generator, contents: Contents, draw: Callable[..., 
     return [(content, target, row) for row, (content, target) in rows.items()]
 
 
-def draw_set(rng: np.random.Generator, contents: Contents, family: str) -> tuple[str, str, Rows]:
-    """A look's family, its words, and its rows."""
+def draw_set(rng: np.random.Generator, contents: Contents, family: str) -> tuple[dict[str, Any], Rows]:
+    """What `looks.json` tells of a look but its id, and its rows."""
     while True:
         look = draw_look(rng, family)
         rows = draw_rows(rng, contents, partial(apply, look))
         if rows is not None and look.name not in HELD_OUT["looks"]:
-            return look.family, look.words, rows
+            return {
+                "family": look.family,
+                "words": look.words,
+                "params": look.params,
+                "palette": look.palette.tolist(),
+            }, rows
 
 
 def write_shard(
-    split: str, number: int, count: int, draw: Callable[[int, np.random.Generator], tuple[str, str, Rows]]
+    split: str,
+    number: int,
+    count: int,
+    draw: Callable[[int, np.random.Generator], tuple[dict[str, Any], Rows]],
 ) -> None:
-    """Write a shard of `count` looks unless it exists; `draw` gives family, words and rows of look i."""
+    """Write a shard of `count` looks unless it exists; `draw` gives what is told of look i, and its rows."""
     folder = POOL / f"{split}-{number:04d}"
     if folder.exists():
         return
@@ -268,9 +278,9 @@ def write_shard(
     ]
     look_ids, subject_rows, records = [], [], []
     for i in range(count):
-        family, words, rows = draw(i, np.random.default_rng((SEED, STREAMS[split], number, i)))
+        look, rows = draw(i, np.random.default_rng((SEED, STREAMS[split], number, i)))
         identity = STREAMS[split] * 100_000_000 + number * 1000 + i
-        records.append({"id": identity, "family": family, "words": words})
+        records.append({"id": identity, **look})
         for j, (content, target, row) in enumerate(rows):
             arrays[0][i * PICTURES + j], arrays[1][i * PICTURES + j] = content, target
             look_ids.append(identity)
@@ -295,7 +305,7 @@ def make_shard(job: tuple[str, int, int, list[str]]) -> int:
     families = [name for name in FAMILIES if (name in HELD_OUT_FAMILIES) == (split == "families")]
     contents = pool_contents(names, split)
 
-    def draw(i: int, rng: np.random.Generator) -> tuple[str, str, Rows]:
+    def draw(i: int, rng: np.random.Generator) -> tuple[dict[str, Any], Rows]:
         return draw_set(rng, contents, families[(number * 7 + i) % len(families)])
 
     write_shard(split, number, count, draw)

@@ -2,10 +2,11 @@
 
 Style alignment, as USO trains its projector before the rest: SigLIP and projector learn, contrastively, which
 pictures share a look and not a subject; and by a second head which share its drawing when one of them has
-lost its colours, for colours alone tell most looks apart. `training.train` starts from the result. Needs the
-pool.
+lost its colours, for colours alone tell most looks apart. Beside that, to tell a look (`training.tells`).
+`training.train` starts from the result. Needs the pool.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from training.data import CACHE
 from training.loop import Run, data_rng, device, launch, layers_by_muon, training_options
 from training.models import STYLE_SIZE, build_style_path
 from training.pool import PICTURES, POOL
+from training.tells import Tells, to_be_told
 
 CHECKPOINT = CACHE / "style.pt"
 TEMPERATURE = 0.07
@@ -34,17 +36,29 @@ class StylePath(nn.Module):
         self.conditioning = build_style_path()
         projector: Any = self.conditioning["style_projector"]
         width = projector.config.hidden_size
+        self.tells = Tells()
         self.look, self.drawing = (
             nn.Sequential(nn.Linear(3 * width, width), nn.GELU(), nn.Linear(width, EMBEDDING))
             for _ in range(2)
         )
 
-    def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        """`(B, 3, H, W)` in [-1, 1] to unit vectors `(B, EMBEDDING)` of the whole look and of its drawing."""
+    def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`(B, 3, H, W)` in [-1, 1] to style tokens `(B, T, C)`; unit vectors `(B, EMBEDDING)` of the
+        whole look and of its drawing.
+        """
         hidden_states = self.conditioning["image_encoder"](pictures, output_hidden_states=True).hidden_states
         tokens = self.conditioning["style_projector"](hidden_states)
         levels = tokens.unflatten(1, (3, -1)).mean(2).flatten(1)  # (B, 3 * K, C) -> (B, 3 * C)
-        return F.normalize(self.look(levels), dim=1), F.normalize(self.drawing(levels), dim=1)
+        return tokens, F.normalize(self.look(levels), dim=1), F.normalize(self.drawing(levels), dim=1)
+
+
+class Shard:
+    """Pictures of one shard of the pool, and what is to be told of their looks."""
+
+    def __init__(self, folder: Path) -> None:
+        self.pictures = np.load(folder / "target.npy", mmap_mode="r")
+        looks = json.loads((folder / "looks.json").read_text())
+        self.told = torch.from_numpy(np.stack([to_be_told(look) for look in looks]))
 
 
 def random_view(rng: np.random.Generator, picture: np.ndarray) -> np.ndarray:
@@ -82,17 +96,19 @@ def train(minutes: float, looks: int, lr: float, checkpoint: Path, seed: int) ->
     model = StylePath().to(device())
     run = Run(model, layers_by_muon(model, lr), lr=lr, minutes=minutes, checkpoint=checkpoint)
     rng = data_rng(seed, run.step)
-    shards = [np.load(path / "target.npy", mmap_mode="r") for path in sorted(POOL.glob("train-*"))]
+    shards = [Shard(path) for path in sorted(POOL.glob("train-*"))]
     right: np.ndarray | None = None
     while run.progress < 1:
-        pictures = shards[rng.integers(len(shards))]
-        chosen = rng.choice(len(pictures) // PICTURES, min(looks, len(pictures) // PICTURES), replace=False)
+        shard = shards[rng.integers(len(shards))]
+        chosen = rng.choice(len(shard.told), min(looks, len(shard.told)), replace=False)
         rows = np.array([look * PICTURES + rng.choice(PICTURES, 3, replace=False) for look in chosen]).T
-        views = [[random_view(rng, pictures[row]) for row in third] for third in rows]
+        views = [[random_view(rng, shard.pictures[row]) for row in third] for third in rows]
+        views[0] = [shard.pictures[row] for row in rows[0]]  # in its size and place, as it shall be told
         views[2] = [without_colours(rng, view) for view in views[2]]
         pixels = torch.from_numpy(np.concatenate(views) / np.float32(127.5) - 1).permute(0, 3, 1, 2)
-        look, drawing = (vectors.chunk(3) for vectors in model(pixels.to(device())))
-        run.update(contrast_loss(look[0], look[1]) + contrast_loss(drawing[0], drawing[2]))
+        tokens, look, drawing = (vectors.chunk(3) for vectors in model(pixels.to(device())))
+        loss = contrast_loss(look[0], look[1]) + contrast_loss(drawing[0], drawing[2])
+        run.update(loss + model.tells.loss(tokens[0], shard.told[chosen].to(device())))
         now = np.array([found(look[0], look[1]), found(drawing[0], drawing[2])])
         right = now if right is None else 0.98 * right + 0.02 * now
         run.show(f"found look {right[0]:.1%} drawing {right[1]:.1%}")

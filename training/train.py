@@ -5,7 +5,8 @@ have trained, or, by `--init assets/nano`, from shipped weights. Needs the laten
 conditions to the velocity, over a mix of condition kinds. Then the true picture: by its first prediction, at
 pure noise, and on the way that it draws itself, decoded too, and, with `training.reward`'s network, that look
 and subject asked for are found there, the more the guidance is turned up; in one step of 24 its own guided
-velocity, so that one pass at inference does what two would, and to mix two looks.
+velocity, so that one pass at inference does what two would, and to mix two looks. In all but that one the
+style tokens learn to tell their look (`training.tells`).
 """
 
 import json
@@ -39,6 +40,7 @@ from training.loop import (
 from training.models import (
     SHIFT,
     STYLE_SIZE,
+    STYLE_TOKENS,
     build_conditioning,
     build_transformer,
 )
@@ -46,7 +48,7 @@ from training.pool import PICTURES, POOL, TRAINED
 from training.reward import CHECKPOINT as REWARD_CHECKPOINT
 from training.reward import Reward, load_reward, shown
 from training.style import CHECKPOINT as STYLE_CHECKPOINT
-from training.style import random_view
+from training.tells import Tells, to_be_told
 from training.text import build_tokenizers, encode_prompts, load_tokenizers
 from training.vae import load_vae
 from uso.model.geometry import pack_latents, position_ids, reference_position_ids, unpack_latents
@@ -84,8 +86,10 @@ REWARD = 0.17  # its weight at the end of the slider
 TEXTURE = 20.0  # beside finding the look: its texture as in the true picture; a gradient twice as large
 LEAST = 1e-3  # of the squared error of pixels in [-1, 1]: 36 dB and more count alike
 LEAST_LATENTS = 1e-2  # of that of unit-normal latents
-SAME = 0.2  # of the style pictures beside content: a part of the one to be drawn
-SHEETS = 0.15  # of the others: four subjects in the look on one sheet, not one subject
+TELLS = 0.5  # of what the style tokens shall tell of a look
+SAME = 0.2  # of the style pictures beside content: a part of them is that of the one to be drawn
+LEAST_PART = 0.6  # of either side
+SHEETS = 0.06  # of the others: four subjects in the look on one sheet, not one subject
 RELOAD = 100  # steps
 SLIDER = (1.0, 5.0)  # `guidance_scale` as the user gives it
 TEMPLATES = ("{}", "a {}", "a picture of a {}", "{} in this style", "the {}", "a photo of a {}")
@@ -118,6 +122,7 @@ class Batch:
     looks: Tensor | None = None  # `(L, E)`: what `Reward` makes of the shard's looks
     right: Tensor | None = None  # `(B,)`: which of them is each picture's
     named: Tensor | None = None  # `(B,)`: the subject that only the prompt tells; -1: none
+    told: Tensor | None = None  # `(B, D)`: what `Tells` shall read from the first style picture's tokens
 
     @property
     def conditions(self) -> dict[str, Any]:
@@ -156,6 +161,7 @@ class Shard:
         self.subjects = [subjects[row] for row in self.shown]
         looks = json.loads((POOL / name / "looks.json").read_text())  # "words": family, then colours
         self.looks = [look["words"] for look in looks for _ in range(PICTURES)]
+        self.told = np.stack([to_be_told(look) for look in looks])
         self.reward = reward
 
     @cached_property
@@ -175,16 +181,18 @@ class Shard:
         a, b, c, d = self.pictures[rows]
         return _as_style(np.vstack([np.hstack([a, b]), np.hstack([c, d])]))
 
-    def random_style(self, row: int, rng: np.random.Generator, same: float) -> Tensor:
-        """The look of picture `row`, told by a part of itself, by another picture or by a sheet of them.
+    def random_style(self, row: int, rng: np.random.Generator, same: float) -> tuple[Tensor, bool]:
+        """The look of picture `row` and whether it is in its size and place.
 
-        `same`: the chance of the first.
+        It is told by another picture, by one of which a part is that of picture `row` (by a chance of
+        `same`), or by a sheet of others.
         """
         if rng.random() < same:
-            return _as_style(random_view(rng, self.pictures[row]))
+            other = self.siblings(row, rng, 1)[0]
+            return _as_style(with_part(rng, self.pictures[other], self.pictures[row])), True
         if rng.random() < SHEETS:
-            return self.sheet(self.siblings(row, rng, 4))
-        return self.style(self.siblings(row, rng, 1)[0])
+            return self.sheet(self.siblings(row, rng, 4)), False
+        return self.style(self.siblings(row, rng, 1)[0]), True
 
     def siblings(self, row: int, rng: np.random.Generator, count: int) -> list[int]:
         """`count` other pictures in the look of picture `row`."""
@@ -211,7 +219,7 @@ class Shard:
         """The pictures `rows` under conditions of one kind."""
         mixed = "mixed" in kind
         styles = 2 if "styles" in kind else int("style" in kind)
-        prompts, pictures, named = [], [], []
+        prompts, pictures, named, known = [], [], [], []
         alone = "text" in kind  # the prompt alone tells the subject
         targets, drawings = self.targets(kind)
         for row in rows:
@@ -220,7 +228,10 @@ class Shard:
             named.append(self.shown[row] if told else -1)
             if styles:
                 of = [row, int(rng.integers(len(self.looks)))] if mixed else [row] * styles
-                pictures.append(torch.stack([self.random_style(r, rng, 0 if alone else SAME) for r in of]))
+                drawn = [self.random_style(r, rng, 0 if alone else SAME) for r in of]
+                pictures.append(torch.stack([picture for picture, _ in drawn]))
+                known.append([drawn[0][1]])
+        looks = np.array(rows) // PICTURES
         return Batch(
             target=unit_normal(targets[rows]),
             pixels=torch.stack([_as_style(drawings[row]) for row in rows]),
@@ -229,9 +240,20 @@ class Shard:
             prompts=prompts,
             mixed=mixed,
             looks=self.look_vectors if styles and not mixed else None,
-            right=torch.tensor([row // PICTURES for row in rows]),
+            right=torch.from_numpy(looks),
             named=torch.tensor(named) if alone else None,
+            told=torch.from_numpy(np.where(known, self.told[looks], np.nan)) if styles else None,
         )
+
+
+def with_part(rng: np.random.Generator, picture: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """A uint8 `(H, W, 3)` picture in which a random rectangle is that of another one."""
+    out = picture.copy()
+    height, width = (round(rng.uniform(LEAST_PART, 1) * length) for length in picture.shape[:2])
+    top, left = rng.integers(len(out) - height + 1), rng.integers(out.shape[1] - width + 1)
+    part = slice(top, top + height), slice(left, left + width)
+    out[part] = other[part]
+    return out
 
 
 def _as_style(picture: np.ndarray) -> Tensor:
@@ -276,6 +298,7 @@ class Nano(nn.Module):
         self.transformer = build_transformer()
         self.conditioning = build_conditioning(self.tokenizers[0].eos_token_id)
         self.vae = load_vae().to(memory_format=torch.channels_last)
+        self.tells = Tells()
         for block in [*self.transformer.transformer_blocks, *self.transformer.single_transformer_blocks]:
             for name, module in block.named_modules():
                 if name.startswith("norm") and isinstance(module, nn.Linear):
@@ -337,6 +360,12 @@ class Nano(nn.Module):
             img_ids=torch.cat(ids).to(latents.device),
             return_dict=False,
         )[0][:, :length]
+
+    def told_loss(self, encoded: Encoded, batch: Batch) -> Tensor:
+        """What the first style picture's tokens do not tell of its look."""
+        if encoded[2] is None or batch.told is None:
+            return torch.zeros((), device=batch.target.device)
+        return TELLS * self.tells.loss(encoded[2][:, :STYLE_TOKENS], batch.told)
 
     def load_exported(self, folder: Path) -> None:
         """Take the weights of an exported pipeline."""
@@ -421,9 +450,10 @@ def first_loss(model: Nano, batch: Batch) -> Tensor:
     """Decibels of the latents that are predicted at pure noise, by squares of one to four."""
     clean = batch.target
     slider, noise = random_slider(len(clean), clean.device), torch.randn_like(clean)
-    output = model(noise, torch.ones_like(slider), slider, **batch.conditions)
+    encoded = model.encode(batch.style, batch.prompts)
+    output = model(noise, torch.ones_like(slider), slider, **batch.conditions, encoded=encoded)
     off = noise - unpacked(output, like=clean) - clean
-    return decibels(off, LATENTS_FIRST, LEAST_LATENTS).mean()
+    return decibels(off, LATENTS_FIRST, LEAST_LATENTS).mean() + model.told_loss(encoded, batch)
 
 
 def drawn_loss(model: Nano, batch: Batch, reward: Reward | None) -> Tensor:
@@ -460,7 +490,8 @@ def drawn_loss(model: Nano, batch: Batch, reward: Reward | None) -> Tensor:
         latents = (latents + (then - sigma)[:, None, None, None] * velocity).detach()
         sigma = then
     part = batch.first(round(DECODED * len(clean)))
-    return loss / COUNTED + shown_loss(model.vae, predicted, part, reward, asked, texture)
+    loss = loss / COUNTED + shown_loss(model.vae, predicted, part, reward, asked, texture)
+    return loss + model.told_loss(encoded, batch)
 
 
 def shown_loss(
@@ -518,9 +549,9 @@ def prepare_tokenizers(init: Path | None) -> None:
 
 
 def encoder_weights(checkpoint: Path) -> dict[str, Tensor]:
-    """The averaged encoders of `training.style` or `training.words`, named as in `Nano`."""
+    """What `Nano` has of the averaged weights of `training.style` or `training.words`, by its names."""
     weights = averaged_weights(checkpoint)
-    return {name: tensor for name, tensor in weights.items() if name.startswith("conditioning.")}
+    return {name: tensor for name, tensor in weights.items() if name.startswith(("conditioning.", "tells."))}
 
 
 def train(
