@@ -217,9 +217,8 @@ def test_waves_are_those_of_the_drawing(family: str) -> None:
     stands_out = []
     for i in range(4):
         look = looks.draw_look(np.random.default_rng(i), family)
-        tones = np.kron(
-            [[40, 90], [150, 215]], np.ones((side // 2, side // 2))
-        )  # some marks are of some tones
+        # some marks are of some tones
+        tones = np.kron([[40, 90], [150, 215]], np.ones((side // 2, side // 2)))
         picture = np.dstack([tones, tones, tones, np.full_like(tones, 255)]).astype(np.uint8)
         drawn = looks.apply(look, picture, seed=i).astype(np.float64)
         drawn -= drawn.mean((0, 1))

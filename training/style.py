@@ -102,8 +102,8 @@ def train(minutes: float, looks: int, lr: float, checkpoint: Path, seed: int) ->
         shard = shards[rng.integers(len(shards))]
         chosen = rng.choice(len(shard.told), min(looks, len(shard.told)), replace=False)
         rows = np.array([look * PICTURES + rng.choice(PICTURES, 3, replace=False) for look in chosen]).T
-        views = [[random_view(rng, shard.pictures[row]) for row in third] for third in rows]
-        views[0] = [shard.pictures[row] for row in rows[0]]  # in its size and place, as it shall be told
+        views = [list(shard.pictures[rows[0]])]  # in its size and place, as it shall be told
+        views += [[random_view(rng, shard.pictures[row]) for row in third] for third in rows[1:]]
         views[2] = [without_colours(rng, view) for view in views[2]]
         pixels = torch.from_numpy(np.concatenate(views) / np.float32(127.5) - 1).permute(0, 3, 1, 2)
         tokens, look, drawing = (vectors.chunk(3) for vectors in model(pixels.to(device())))

@@ -104,7 +104,7 @@ class Tells(nn.Module):
 
     def loss(self, tokens: Tensor, told: Tensor) -> Tensor:
         """Weighted mean squared errors of what is known of `told` `(B, D)`."""
-        off = (self.read(tokens.float()).float() - told).split(PARTS, dim=1)
+        off = (self.read(tokens.float()) - told).split(PARTS, dim=1)
         known = [(~part.isnan()).sum().clamp(min=1) for part in off]
         errors = [part.nan_to_num().square().sum() / count for part, count in zip(off, known, strict=True)]
         return torch.stack(errors) @ torch.tensor(WEIGHTS, device=told.device)
