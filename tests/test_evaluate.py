@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from training import evaluate, judges
+from training import evaluate, judges, recognise
 from training.models import NANO
 
 TOLERANCE = {"joint": 0.07, "style": 0.07, "subject": 0.07, "psnr": 0.3, "ssim": 0.03}  # 3 of 48 pictures
@@ -235,7 +235,7 @@ def test_small_pictures_are_written_and_read_back(
         assert len(one.content) == evaluate.SMALL[name]
         assert np.abs(again[name].truth.astype(int) - one.truth).mean() < 4
         np.testing.assert_array_equal(again[name].gallery_styles, one.gallery_styles)
-    grid = evaluate.draw_grid(examples, {name: one.truth for name, one in examples.items()}, rows=2)
+    grid = evaluate.draw_grid(examples, {name: one.truth for name, one in examples.items()})
     assert grid.width == 2 * (5 * 128 + 16)
 
 
@@ -243,3 +243,57 @@ def test_table() -> None:
     row = {"joint": 0.5, "style": 0.75, "subject": 1.0, "psnr": 12.34, "ssim": 0.111}
     text = evaluate.table("looks", {"nano": row})
     assert "| nano | 0.50 | 0.75 | 1.00 | 12.3 dB | 0.11 |" in text
+
+
+def test_viewers_choose_among_looks_of_like_colours(
+    tmp_path: Path, examples: dict[str, evaluate.Examples]
+) -> None:
+    photographs, looks = examples["photographs"], examples["looks"]
+    count = len(photographs.content)
+    styles = np.concatenate([photographs.style, looks.style])
+    families = evaluate.families_of("photographs", count) + evaluate.families_of("looks", len(looks.style))
+    for row in range(count):
+        shown = recognise.choices(styles, families, row)
+        colours = [recognise.palette(style) for style in styles]
+        assert len({families[other] for other in shown}) == len(shown) == len(recognise.LETTERS)
+        far = [np.abs(colour - colours[row]).mean() for colour in colours]
+        left_out = [o for o, family in enumerate(families) if family not in {families[s] for s in shown}]
+        assert shown[0] == row
+        assert max(far[o] for o in shown) <= min(far[o] for o in left_out)
+    results = {method: np.full_like(photographs.content, i) for i, method in enumerate(recognise.METHODS)}
+    recognise.write_sheets(tmp_path, photographs.content, results, styles, families)
+    for row, letter in enumerate(json.loads((tmp_path / "key.json").read_text())):
+        seen = set()
+        for viewer in range(recognise.VIEWERS):
+            number, place = divmod(row, 2) if row < 4 else (row - 2, 0)
+            with Image.open(tmp_path / f"{viewer}-{number}.png") as image:
+                sheet = np.asarray(image)
+            height = recognise.draw_row(0, [styles[0]] * 7).height
+            left, step = sheet.shape[1] // 16, sheet.shape[1] // 8
+            middle = sheet[place * height + height // 2]
+            seen.add(int(middle[left + step + step // 2, 0]))
+            at = left + (2 + recognise.LETTERS.index(letter)) * step + recognise.GAP
+            side = round(recognise.SIDE * recognise.ENLARGED)
+            top = place * height + recognise.TITLE + 4
+            own = sheet[top : top + side, at : at + side].astype(int)
+            true = np.asarray(Image.fromarray(styles[row]).resize((side, side), Image.Resampling.LANCZOS))
+            assert (own == true).all()
+        assert seen == set(range(recognise.VIEWERS)), "every method once"
+
+
+def test_answers_are_scored_by_method() -> None:
+    key = "ABCDEABCDEAB"
+    rows = range(len(key))
+    wrong = "".join("E" if letter != "E" else "A" for letter in key)
+    answers = {
+        str(viewer): [
+            "".join(wrong[r] if recognise.method_of(viewer, r) == "truth" else key[r] for r in rows)
+        ]
+        for viewer in range(recognise.VIEWERS)
+    }
+    scores = recognise.score_answers(key, answers)
+    assert scores == {method: (0, 0) if method == "truth" else (1, 1) for method in recognise.METHODS}
+    with pytest.raises(ValueError, match="viewers are 0 to 3"):
+        recognise.score_answers(key, {"4": [key]})
+    with pytest.raises(ValueError, match="11 letters for 12 rows"):
+        recognise.score_answers(key, {"0": [key[1:]]})

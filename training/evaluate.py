@@ -97,6 +97,12 @@ class Named:
 # ---------------------------------------------------------------- pictures
 
 
+def families_of(name: str, count: int) -> list[str]:
+    """Of the first `count` pictures of a set, other than the paintings."""
+    families = [family for family in FAMILIES if (family in HELD_OUT_FAMILIES) == (name == "families")]
+    return [families[i % len(families)] for i in range(count)]
+
+
 def draw_set(name: str) -> dict[str, np.ndarray]:
     """Draw a set: its arrays, `others` (N, OTHERS, 128, 128, 3) in place of the gallery; bool `told` (N,).
 
@@ -107,12 +113,11 @@ def draw_set(name: str) -> dict[str, np.ndarray]:
     cv2.setNumThreads(1)
     painter = Painter()
     contents = Contents(sorted(set(Pictures().subjects) | set(photos()) - TEXTURE_PHOTOS), unseen=True)
-    unseen = name == "families"
-    families = [family for family in FAMILIES if (family in HELD_OUT_FAMILIES) == unseen]
     stream = list(SETS).index(name)
     subjects = np.random.default_rng((SEED, stream)).permutation(contents.names)[: SETS[name]]
     if name == "photographs":
         subjects = np.resize(contents.subject_photos, SETS[name])
+    families = families_of(name, len(subjects))
     rows, told = [], []
     for i, subject in enumerate(tqdm(subjects, desc=name)):
         rng = np.random.default_rng((SEED, stream, i))
@@ -121,7 +126,7 @@ def draw_set(name: str) -> dict[str, np.ndarray]:
             if name == "paintings":
                 draw = partial(painter.draw, draw_painting(rng, unseen=True))
             else:
-                look = draw_look(rng, families[i % len(families)])
+                look = draw_look(rng, families[i])
                 draw = partial(apply, look)
                 if name != "families" and look.name not in HELD_OUT["looks"]:
                     raise ValueError(f"the look {look.name!r} is not in held_out.json: add it")
@@ -369,11 +374,16 @@ def table(title: str, rows: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw_grid(examples: dict[str, Examples], results: dict[str, np.ndarray], rows: int = 10) -> Image.Image:
-    """Rows of each set, two sets side by side: content, style, nano, truth, Magenta."""
+def in_grid(count: int) -> np.ndarray:
+    """Which of so many pictures of a set a grid shows."""
+    return np.linspace(0, count - 1, 10).astype(int)
+
+
+def draw_grid(examples: dict[str, Examples], results: dict[str, np.ndarray]) -> Image.Image:
+    """Ten rows of each set, two sets side by side: content, style, nano, truth, Magenta."""
     blocks = []
     for name, one in examples.items():
-        chosen = np.linspace(0, len(results[name]) - 1, rows).astype(int)
+        chosen = in_grid(len(results[name]))
         columns = [one.content, one.style, results[name], one.truth, one.magenta]
         block = np.concatenate([column[chosen].reshape(-1, SIDE, 3) for column in columns], axis=1)
         blocks.append(np.pad(block, ((0, 16), (0, 16), (0, 0)), constant_values=255))
