@@ -30,6 +30,7 @@ from training import (
     style,
     tells,
     text,
+    textures,
     train,
     vae,
     words,
@@ -440,6 +441,64 @@ def test_an_error_finer_than_four_pixels_counts_once(cache: Path) -> None:
     assert loss.item() == pytest.approx(train.PIXELS[1] * fine + squares * coarse, rel=1e-4)
 
 
+def test_of_photographs_texture_counts_more_and_errors_less(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first of four is a photograph; all are off by .1, latents by 1 at every step."""
+    clean = torch.zeros(4, 16, 16, 16)
+    batch = train.Batch(clean, torch.zeros(4, 3, 128, 128), None, None, [""] * 4, photographs=1)
+    assert batch.first(3).photographs == 1
+    assert batch.weights.tolist() == pytest.approx([train.PHOTOGRAPHS, 1, 1, 1])
+    monkeypatch.setattr(train, "textures_off", lambda seen, pixels: 10 * torch.ones(len(seen)))
+    monkeypatch.setattr(train, "DECODED", 0.5)
+    model = mock.Mock(
+        side_effect=lambda x, now, *_, **__: train.pack_latents((x - 1) / now[:, None, None, None])
+    )
+    model.vae.decoder.side_effect = lambda z: torch.full((len(z), 3, 128, 128), 0.1)
+    model.told_loss.return_value = 0
+    errors = sum(train.PIXELS.values()) * math.log(0.1**2 + train.LEAST)
+    shown = ((train.PHOTOGRAPHS + 1) * errors + train.TEXTURES * 10) / 2
+    latents_off = (train.PARTS + train.COLOURS) * (train.PHOTOGRAPHS + 3) / 4
+    seen = set()
+    for seed in range(8):
+        torch.manual_seed(seed)
+        model.vae.decoder.reset_mock()
+        loss = train.drawn_loss(model, batch, None).item()
+        earlier = model.vae.decoder.call_count - 1
+        assert loss == pytest.approx(shown + latents_off + earlier * train.TEXTURES * 10 / 4, rel=1e-3)
+        seen.add(earlier)
+    assert seen == {0, 1}, "of another prediction too, unless that is the last one"
+
+
+def test_photographs_come_first(cache: Path) -> None:
+    prepare()
+    shard = train.load_shards([], None)[0]
+    shard.photographs = np.arange(len(shard.target)) % 3 == 2
+    rows = [0, 1, 2, 4, 5]
+    batch = shard.batch("content + style", rows, np.random.default_rng(0))
+    assert batch.photographs == 2
+    assert batch.content is not None
+    expected = latents.unit_normal(shard.content[[2, 5, 0, 1, 4]])
+    torch.testing.assert_close(batch.content, expected)
+    assert batch.right is not None
+    assert batch.right.tolist() == [0] * 5
+
+
+def test_textures_are_compared_wherever_they_lie() -> None:
+    torch.manual_seed(0)
+    stripes = torch.where(torch.arange(128) % 8 < 4, 1.0, -0.2).expand(1, 3, 128, 128).contiguous()
+    moved, turned = stripes.roll(4, dims=3), stripes.mT
+    blurred = torch.nn.functional.avg_pool2d(stripes, 5, stride=1, padding=2)
+    off = {
+        name: textures.textures_off(picture, stripes).item()
+        for name, picture in {
+            "same": stripes, "moved": moved, "blurred": blurred, "darker": stripes - 0.3, "turned": turned,
+        }.items()
+    }  # fmt: skip
+    assert off["same"] == pytest.approx(2 * math.log(textures.LEAST), abs=1e-3)
+    assert off["same"] < off["moved"] < min(off["blurred"], off["darker"], off["turned"]) - 1
+
+
 def test_a_batch_is_learned_where_the_model_is(cache: Path) -> None:
     """No tensor is made on the CPU beside a model elsewhere: with "meta" any would raise."""
     text.build_tokenizers(train.TOKENIZERS)
@@ -455,6 +514,7 @@ def test_a_batch_is_learned_where_the_model_is(cache: Path) -> None:
         right=torch.tensor([0, 2]),
         named=torch.tensor([-1, 4]),
         told=torch.zeros(2, sum(tells.PARTS)),
+        photographs=1,
     ).to(meta)
     losses = (train.loss_of(nano, batch, nano), train.first_loss(nano, batch))
     for loss in (*losses, train.drawn_loss(nano, batch, network)):

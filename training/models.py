@@ -19,7 +19,7 @@ NANO = Path(__file__).parents[1] / "assets" / "nano"
 # all pictures are squares of it: others need another way to find the content (README, "Next")
 NATIVE_SIDE = 128
 NATIVE_SCALE = 0.25  # of the `content_long_size` asked for: 512 fills the square
-SHIFT = 2.4  # of the schedule
+SHIFT = 3.0  # of the schedule
 MAX_SEQUENCE_LENGTH = 24
 VOCABULARY = 1500
 TEXT_WIDTH = 128
@@ -51,12 +51,12 @@ def build_vae() -> AutoencoderKL:
 
 
 def build_transformer() -> FluxTransformer2DModel:
-    """FLUX's transformer: 2 double and 5 single blocks of 3 heads of 64."""
+    """FLUX's transformer: 2 double and 6 single blocks of 3 heads of 64."""
     return FluxTransformer2DModel(
         patch_size=1,
         in_channels=64,
         num_layers=2,
-        num_single_layers=5,
+        num_single_layers=6,
         attention_head_dim=64,
         num_attention_heads=3,
         joint_attention_dim=TEXT_WIDTH,

@@ -4,9 +4,10 @@ Resumes from its checkpoint; a new run starts from the encoders that `training.s
 have trained, or, by `--init assets/nano`, from shipped weights. Needs the latents. Rectified flow: noise and
 conditions to the velocity, over a mix of condition kinds. Then the true picture: by its first prediction, at
 pure noise, and on the way that it draws itself, decoded too, and, with `training.reward`'s network, that look
-and subject asked for are found there, the more the guidance is turned up; in one step of 24 its own guided
-velocity, so that one pass at inference does what two would, and to mix two looks. In all but that one the
-style tokens learn to tell their look (`training.tells`).
+and subject asked for are found there, the more the guidance is turned up; of photographs less the pixels than
+their colours and texture (`training.textures`). In one step of 24 its own guided velocity, so that one pass
+at inference does what two would, and to mix two looks; in all others the style tokens learn to tell their
+look (`training.tells`).
 """
 
 import json
@@ -25,7 +26,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from training.data import CACHE
+from training.data import CACHE, PHOTOS
 from training.latents import LATENTS, as_encoded, unit_normal
 from training.loop import (
     MuonAdamW,
@@ -50,6 +51,7 @@ from training.reward import Reward, load_reward, shown
 from training.style import CHECKPOINT as STYLE_CHECKPOINT
 from training.tells import Tells, to_be_told
 from training.text import build_tokenizers, encode_prompts, load_tokenizers
+from training.textures import textures_off
 from training.vae import load_vae
 from uso.model.geometry import pack_latents, position_ids, reference_position_ids, unpack_latents
 from uso.model.pipeline import USOPipeline
@@ -81,11 +83,13 @@ COUNTED = 3  # of them, the last one and others at random
 PARTS = 0.5  # weight of the squared error there
 COLOURS = 1.5  # and of that of colours
 PIXELS = {1: 0.2, 4: 0.4, 16: 0.4}  # and of the decibels of what the decoder shows, by sides of squares
-DECODED = 0.5  # of the pictures, there
-REWARD = 0.17  # its weight at the end of the slider
+DECODED = 0.65  # of the pictures, there
+REWARD = 0.26  # its weight at the end of the slider
 TEXTURE = 20.0  # beside finding the look: its texture as in the true picture; a gradient twice as large
 LEAST = 1e-3  # of the squared error of pixels in [-1, 1]: 36 dB and more count alike
 LEAST_LATENTS = 1e-2  # of that of unit-normal latents
+PHOTOGRAPHS = 0.3  # weight of all these errors where the content is a photograph: most is guessed there
+TEXTURES = 1.0  # and of its texture's and colours', of the last picture and of another one
 TELLS = 0.5  # of what the style tokens shall tell of a look
 SAME = 0.2  # of the style pictures beside content: a part of them is that of the one to be drawn
 LEAST_PART = 0.6  # of either side
@@ -123,6 +127,7 @@ class Batch:
     right: Tensor | None = None  # `(B,)`: which of them is each picture's
     named: Tensor | None = None  # `(B,)`: the subject that only the prompt tells; -1: none
     told: Tensor | None = None  # `(B, D)`: what `Tells` shall read from the first style picture's tokens
+    photographs: int = 0  # so many of the first contents are photographs
 
     @property
     def conditions(self) -> dict[str, Any]:
@@ -136,7 +141,14 @@ class Batch:
             for name, part in vars(self).items()
             if name != "looks" and isinstance(part, Tensor | list)
         }
-        return replace(self, **parts)
+        return replace(self, photographs=min(self.photographs, count), **parts)
+
+    @property
+    def weights(self) -> Tensor:
+        """Of each picture's errors, `(B,)`."""
+        weights = torch.ones(len(self.target), device=self.target.device)
+        weights[: self.photographs] = PHOTOGRAPHS
+        return weights
 
     def to(self, device: torch.device) -> "Batch":
         """The same on a device."""
@@ -159,6 +171,7 @@ class Shard:
         )
         self.shown = shown(name)
         self.subjects = [subjects[row] for row in self.shown]
+        self.photographs = np.isin(self.subjects, [subject for *_, subject in PHOTOS])
         looks = json.loads((POOL / name / "looks.json").read_text())  # "words": family, then colours
         self.looks = [look["words"] for look in looks for _ in range(PICTURES)]
         self.told = np.stack([to_be_told(look) for look in looks])
@@ -216,7 +229,8 @@ class Shard:
         return ", ".join([subject] * told + [look] * ("look" in kind)), told
 
     def batch(self, kind: str, rows: Sequence[int], rng: np.random.Generator) -> Batch:
-        """The pictures `rows` under conditions of one kind."""
+        """The pictures `rows` under conditions of one kind, photographs first."""
+        rows = sorted(rows, key=lambda row: not self.photographs[row])
         mixed = "mixed" in kind
         styles = 2 if "styles" in kind else int("style" in kind)
         prompts, pictures, named, known = [], [], [], []
@@ -241,6 +255,7 @@ class Shard:
             mixed=mixed,
             looks=self.look_vectors if styles and not mixed else None,
             right=torch.from_numpy(looks),
+            photographs=int(self.photographs[rows].sum()),
             named=torch.tensor(named) if alone else None,
             told=torch.from_numpy(np.where(known, self.told[looks], np.nan)) if styles else None,
         )
@@ -453,7 +468,8 @@ def first_loss(model: Nano, batch: Batch) -> Tensor:
     encoded = model.encode(batch.style, batch.prompts)
     output = model(noise, torch.ones_like(slider), slider, **batch.conditions, encoded=encoded)
     off = noise - unpacked(output, like=clean) - clean
-    return decibels(off, LATENTS_FIRST, LEAST_LATENTS).mean() + model.told_loss(encoded, batch)
+    errors = batch.weights * decibels(off, LATENTS_FIRST, LEAST_LATENTS)
+    return errors.mean() + model.told_loss(encoded, batch)
 
 
 def drawn_loss(model: Nano, batch: Batch, reward: Reward | None) -> Tensor:
@@ -462,7 +478,9 @@ def drawn_loss(model: Nano, batch: Batch, reward: Reward | None) -> Tensor:
     There no trace of the true picture helps, as there is in noise mixed with it. Counted are the squared
     error, most of all that of colours 16 pixels square, for finer parts would be blurred; with a reward also
     texture, and whether look and subject that only style picture and prompt tell are found, the more
-    guidance is asked for. Of the last prediction the decoder's picture counts as well.
+    guidance is asked for. Of the last prediction the decoder's picture counts as well; where it is a
+    photograph redrawn, errors count less, and colours and texture, wherever they lie, of that one and of
+    an earlier one.
     """
     clean = batch.target
     slider = random_slider(len(clean), clean.device)
@@ -475,14 +493,20 @@ def drawn_loss(model: Nano, batch: Batch, reward: Reward | None) -> Tensor:
         texture = None if reward is None or batch.looks is None else reward(clean)[2]
     loss = torch.zeros((), device=clean.device)
     counted = [*(1 + torch.randperm(PATH - 1)[: COUNTED - 1]).tolist(), PATH]
+    textured = counted[int(torch.randint(COUNTED, ()))]
+    weights, photographs = batch.weights[:, None, None, None], batch.photographs
     for step in range(1, PATH + 1):
         with torch.set_grad_enabled(step in counted):
             output = model(latents, sigma, slider, **batch.conditions, encoded=encoded)
         velocity = unpacked(output, like=latents)
         if step in counted:
             predicted = latents - sigma[:, None, None, None] * velocity
-            loss += PARTS * F.mse_loss(predicted, clean)
-            loss += COLOURS * F.mse_loss(F.avg_pool2d(predicted, 2), F.avg_pool2d(clean, 2))
+            loss += PARTS * (weights * (predicted - clean).square()).mean()
+            loss += COLOURS * (weights * F.avg_pool2d(predicted - clean, 2).square()).mean()
+            if step == textured != PATH and photographs:
+                seen = model.vae.decoder(as_encoded(predicted[:photographs])).float()
+                off = textures_off(seen, batch.pixels[:photographs])
+                loss += COUNTED * TEXTURES * off.sum() / len(clean)
             asked = REWARD * (guidance_weight(slider, sigma) - 1) / (highest - 1)
             if reward is not None:
                 loss += (asked * missed(reward, predicted, batch, texture)).mean()
@@ -504,12 +528,15 @@ def shown_loss(
 ) -> Tensor:
     """How far the decoder's pictures of the first `predicted` latents are from those of a batch.
 
-    Counted are decibels, more those of squares of four pixels, for finer parts would be blurred, and what the
-    reward misses in the picture encoded again, as much as `asked`. `texture`: that of the true pictures.
+    Counted are decibels, more those of squares of four pixels, for finer parts would be blurred; colours and
+    texture of photographs; and what the reward misses in the picture encoded again, as much as `asked`.
+    `texture`: what it has of the true pictures'.
     """
     count = len(batch.target)
     seen = vae.decoder(as_encoded(predicted[:count])).float()
-    loss = decibels(seen - batch.pixels, PIXELS)
+    loss = batch.weights * decibels(seen - batch.pixels, PIXELS)
+    if photographs := batch.photographs:
+        loss[:photographs] += TEXTURES * textures_off(seen[:photographs], batch.pixels[:photographs])
     if reward is not None:
         again = unit_normal(vae.encoder(seen).chunk(2, dim=1)[0])
         loss += asked[:count] * missed(reward, again, batch, None if texture is None else texture[:count])
