@@ -297,3 +297,5 @@ def test_answers_are_scored_by_method() -> None:
         recognise.score_answers(key, {"4": [key]})
     with pytest.raises(ValueError, match="11 letters for 12 rows"):
         recognise.score_answers(key, {"0": [key[1:]]})
+    with pytest.raises(ValueError, match="letters are ABCDE, not ab"):
+        recognise.score_answers(key, {"0": ["ba" + key[2:]]})

@@ -29,7 +29,7 @@ LETTERS = "ABCDE"
 SHEETS = 4  # a viewer
 SEED = 1
 ENLARGED = 1.5
-GAP, TITLE = 8, 16  # pixels, before that
+GAP, TITLE = 8, 16  # pixels
 
 
 def palette(picture: np.ndarray) -> np.ndarray:
@@ -99,7 +99,7 @@ def write_sheets(
 def score_answers(key: str, answers: dict[str, list[str]]) -> dict[str, tuple[float, float]]:
     """By method, the part that viewers found of all photographs and of those in the grid.
 
-    Raises ValueError for a viewer that there is none of, or too few or many letters.
+    Raises ValueError for a viewer that there is none of, other letters, or too few or many.
     """
     found: dict[str, list[tuple[int, bool]]] = {method: [] for method in METHODS}
     for viewer, given in answers.items():
@@ -108,6 +108,8 @@ def score_answers(key: str, answers: dict[str, list[str]]) -> dict[str, tuple[fl
         for letters in given:
             if len(letters) != len(key):
                 raise ValueError(f"answers: viewer {viewer} gave {len(letters)} letters for {len(key)} rows")
+            if other := set(letters) - set(LETTERS):
+                raise ValueError(f"answers: letters are {LETTERS}, not {''.join(sorted(other))}")
             for row, (letter, right) in enumerate(zip(letters, key, strict=True)):
                 found[method_of(int(viewer), row)].append((row, letter == right))
     grid = set(in_grid(len(key)).tolist())

@@ -83,13 +83,15 @@ COUNTED = 3  # of them, the last one and others at random
 PARTS = 0.5  # weight of the squared error there
 COLOURS = 1.5  # and of that of colours
 PIXELS = {1: 0.2, 4: 0.4, 16: 0.4}  # and of the decibels of what the decoder shows, by sides of squares
-DECODED = 0.65  # of the pictures, there
+DECODED = 0.65  # of the pictures, there, photographs first
 REWARD = 0.26  # its weight at the end of the slider
 TEXTURE = 20.0  # beside finding the look: its texture as in the true picture; a gradient twice as large
 LEAST = 1e-3  # of the squared error of pixels in [-1, 1]: 36 dB and more count alike
 LEAST_LATENTS = 1e-2  # of that of unit-normal latents
-PHOTOGRAPHS = 0.3  # weight of all these errors where the content is a photograph: most is guessed there
-TEXTURES = 1.0  # and of its texture's and colours', of the last picture and of another one
+PHOTOGRAPHS = 0.3  # weight of these errors where the content is a photograph: most is guessed there
+TEXTURES = (
+    1.0  # and of its texture's and colours', of the last prediction, often of an earlier one too
+)
 TELLS = 0.5  # of what the style tokens shall tell of a look
 SAME = 0.2  # of the style pictures beside content: a part of them is that of the one to be drawn
 LEAST_PART = 0.6  # of either side
@@ -479,8 +481,8 @@ def drawn_loss(model: Nano, batch: Batch, reward: Reward | None) -> Tensor:
     error, most of all that of colours 16 pixels square, for finer parts would be blurred; with a reward also
     texture, and whether look and subject that only style picture and prompt tell are found, the more
     guidance is asked for. Of the last prediction the decoder's picture counts as well; where it is a
-    photograph redrawn, errors count less, and colours and texture, wherever they lie, of that one and of
-    an earlier one.
+    photograph redrawn, errors count less, and colours and texture, wherever they lie, of that one and, two
+    times in three, of an earlier one.
     """
     clean = batch.target
     slider = random_slider(len(clean), clean.device)
