@@ -89,9 +89,7 @@ TEXTURE = 20.0  # beside finding the look: its texture as in the true picture; a
 LEAST = 1e-3  # of the squared error of pixels in [-1, 1]: 36 dB and more count alike
 LEAST_LATENTS = 1e-2  # of that of unit-normal latents
 PHOTOGRAPHS = 0.3  # weight of these errors where the content is a photograph: most is guessed there
-TEXTURES = (
-    1.0  # and of its texture's and colours', of the last prediction, often of an earlier one too
-)
+TEXTURES = 1.0  # and of its texture's and colours', of the last prediction, often of an earlier one too
 TELLS = 0.5  # of what the style tokens shall tell of a look
 SAME = 0.2  # of the style pictures beside content: a part of them is that of the one to be drawn
 LEAST_PART = 0.6  # of either side
