@@ -252,9 +252,9 @@ def test_viewers_choose_among_looks_of_like_colours(
     count = len(photographs.content)
     styles = np.concatenate([photographs.style, looks.style])
     families = evaluate.families_of("photographs", count) + evaluate.families_of("looks", len(looks.style))
+    colours = np.stack([recognise.palette(style) for style in styles])
     for row in range(count):
-        shown = recognise.choices(styles, families, row)
-        colours = [recognise.palette(style) for style in styles]
+        shown = recognise.choices(colours, families, row)
         assert len({families[other] for other in shown}) == len(shown) == len(recognise.LETTERS)
         far = [np.abs(colour - colours[row]).mean() for colour in colours]
         left_out = [o for o, family in enumerate(families) if family not in {families[s] for s in shown}]

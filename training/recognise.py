@@ -38,10 +38,9 @@ def palette(picture: np.ndarray) -> np.ndarray:
     return np.sort(lab.reshape(-1, 3), axis=0)[:: SIDE**2 // 256]
 
 
-def choices(styles: np.ndarray, families: list[str], row: int) -> list[int]:
-    """`row` and the style pictures of other families that are nearest in colours, each of another family."""
-    colours = palette(styles[row])
-    far = [float(np.abs(palette(style) - colours).mean()) for style in styles]
+def choices(palettes: np.ndarray, families: list[str], row: int) -> list[int]:
+    """`row`, and others nearest to it by `palettes` (M, 256, 3), each of another family."""
+    far = np.abs(palettes - palettes[row]).mean((1, 2))
     nearest = {families[row]: row}
     for other in np.argsort(far, kind="stable").tolist():
         nearest.setdefault(families[other], other)
@@ -81,7 +80,8 @@ def write_sheets(
     folder.mkdir(parents=True, exist_ok=True)
     count = len(content)
     rng = np.random.default_rng(SEED)
-    shown = [rng.permutation(choices(styles, families, row)).tolist() for row in range(count)]
+    palettes = np.stack([palette(style) for style in styles])
+    shown = [rng.permutation(choices(palettes, families, row)).tolist() for row in range(count)]
     key = "".join(LETTERS[rows.index(row)] for row, rows in enumerate(shown))
     (folder / "key.json").write_text(json.dumps(key))
     for viewer in range(VIEWERS):
